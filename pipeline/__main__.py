@@ -1,0 +1,47 @@
+"""python -m pipeline VERB ...: each verb is a module of this package, imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "prepare": "pictures → image shards",
+    "index": "check and index a folder of shards",
+    "train-vae": "train the autoencoder",
+    "encode": "image shards → latent shards",
+    "train": "train the diffusion model",
+    "export": "checkpoint → a folder that diffusers opens",
+    "sample": "draw images from an export",
+    "evaluate": "score an export",
+    "schema": "print the JSON Schema of a config, for editors",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand over to a verb; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words[0] if words else "--help"
+    if verb in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        lines = [f"  {name:<{width}}  {what}" for name, what in VERBS.items()]
+        sys.stdout.write("python -m pipeline VERB ...; VERB --help tells more\n\n" + "\n".join(lines) + "\n")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        wanted = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
+        sys.stderr.write(f"error: {verb}: no such verb; {wanted}\n")
+        return 2
+    module = importlib.import_module(f"pipeline.{verb.replace('-', '_')}")
+    return module.main(words[1:])
+
+
+if __name__ == "__main__":
+    code = main()
+    if "torch" in sys.modules:
+        from pipeline.engine import leave
+
+        leave(code)
+    sys.exit(code)

@@ -1,0 +1,385 @@
+"""The whole schema: YAML and dotted overrides in, one frozen, checked Config out.
+
+Every key has its unit and meaning here and nowhere else.  Unknown keys are errors that name the nearest known
+one.  Fields marked FREE may differ when a run is continued; all others make the run what it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UsageError
+from vae.config import VaeConfig
+
+FREE: dict[str, Any] = {"may_change_on_resume": True}
+
+
+class Section(BaseModel):
+    """A part of the schema: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where the shards lie and in what order they are read.  Paths may move: contents are fingerprinted."""
+
+    train_images: str = Field(description="Folder of image shards to train on.", json_schema_extra=FREE)
+    validation_images: str | None = Field(
+        default=None, description="Folder of held-out image shards.", json_schema_extra=FREE
+    )
+    train_latents: str = Field(
+        description="Folder of latent shards: encode writes it, train reads it.", json_schema_extra=FREE
+    )
+    validation_latents: str | None = Field(
+        default=None, description="The same for the held-out images.", json_schema_extra=FREE
+    )
+    image_size: int = Field(
+        gt=0, description="Side of the square training images, pixels: short side scaled to it, centre cut."
+    )
+    lanes: int = Field(
+        default=240,
+        gt=0,
+        description="Parallel reading lanes C. The number of ranks must divide it; at most C shards are open "
+        "at once; up to C-1 samples of an epoch stay unread, others in each epoch.",
+    )
+    shuffle_block: int = Field(
+        default=1024, gt=0, description="Samples of a lane that are shuffled together (memory: 8 bytes each)."
+    )
+    workers: int = Field(
+        default=2, ge=0, description="Loader processes per rank; 0 loads in the step loop.", json_schema_extra=FREE
+    )
+    encode_batch_images: int = Field(default=64, gt=0, description="Images per VAE call in encode.")
+
+
+class UnetConfig(Section):
+    """Arguments of diffusers' UNet2DConditionModel, under its own names; the rest follows from other sections."""
+
+    block_out_channels: tuple[int, ...] = Field(default=(64, 128), min_length=1, description="Channels per level.")
+    layers_per_block: int = Field(default=2, gt=0, description="Residual layers per level.")
+    down_block_types: tuple[str, ...] = Field(
+        default=("DownBlock2D", "CrossAttnDownBlock2D"), description="Block class per level, from fine to coarse."
+    )
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] = Field(
+        default="UNetMidBlock2DCrossAttn", description="Block class in the middle."
+    )
+    up_block_types: tuple[str, ...] = Field(
+        default=("CrossAttnUpBlock2D", "UpBlock2D"), description="Block class per level, from coarse to fine."
+    )
+    attention_head_dim: int = Field(
+        default=4, gt=0, description="Attention heads per block (diffusers' name and meaning: a count)."
+    )
+    cross_attention_dim: int = Field(default=64, gt=0, description="Width D of the condition tokens.")
+    norm_num_groups: int = Field(default=32, gt=0, description="Groups of each GroupNorm.")
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            given = len(getattr(self, name))
+            if given != levels:
+                raise ValueError(f"{name} has {given} entries, block_out_channels has {levels}")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"{channels} channels can't be cut into norm_num_groups={self.norm_num_groups}")
+        return self
+
+
+class ConditioningConfig(Section):
+    """What the U-Net is told beside z_t and t."""
+
+    kind: Literal["class"] = Field(default="class", description="class: an integer label per image.")
+    num_classes: int = Field(gt=0, description="Labels run from 0 to num_classes - 1; the null class follows.")
+    class_names: tuple[str, ...] | None = Field(
+        default=None, description="A name for each class, for pictures and the export.", json_schema_extra=FREE
+    )
+    dropout: float = Field(
+        default=0.1, ge=0, le=1, description="Share of training samples that see the null condition instead."
+    )
+
+    @model_validator(mode="after")
+    def _every_class_named(self) -> Self:
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names has {len(self.class_names)} entries, num_classes is {self.num_classes}")
+        if self.class_names is not None and len(set(self.class_names)) != self.num_classes:
+            raise ValueError("class_names has a name twice")
+        return self
+
+
+class DiffusionConfig(Section):
+    """The forward process and what the network predicts."""
+
+    schedule: Literal["linear", "scaled_linear", "cosine"] = Field(default="linear", description="Shape of beta_t.")
+    num_timesteps: int = Field(default=1000, gt=1, description="T.")
+    beta_start: float = Field(default=1e-4, gt=0, lt=1, description="First beta; unused by cosine.")
+    beta_end: float = Field(default=0.02, gt=0, lt=1, description="Last beta; unused by cosine.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
+        default="epsilon", description="What the U-Net outputs: the noise, v, or the clean latent."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate over time."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="After the warm-up.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled decay; norms and biases are spared.")
+    gradient_clip_norm: float = Field(default=1.0, gt=0, description="Largest global L2 norm of the gradient.")
+
+
+class TrainConfig(Section):
+    """How long, and in what portions."""
+
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run.", json_schema_extra=FREE)
+    global_batch_images: int = Field(gt=0, description="Images per optimizer step over all ranks.")
+    micro_batch_images: int | None = Field(
+        default=None,
+        gt=0,
+        description="Images per rank in one forward pass; smaller than the rank's share means accumulation.",
+        json_schema_extra=FREE,
+    )
+
+
+class EngineConfig(Section):
+    """How the ranks compute."""
+
+    num_processes: int | None = Field(
+        default=None,
+        gt=0,
+        description="Ranks that must be there; another number ends the run at once.",
+        json_schema_extra=FREE,
+    )
+    device: Literal["auto", "cpu"] = Field(
+        default="auto", description="auto: CUDA where there is one.", json_schema_extra=FREE
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights stay fp32.")
+
+
+class EmaConfig(Section):
+    """Averages of the weights; the first is the one exported, sampled and evaluated."""
+
+    decays: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.9999,), min_length=1, description="Decay per optimizer step of each average."
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: int = Field(default=1000, gt=0, description="Optimizer steps between checkpoints.")
+    keep_last: int = Field(default=3, gt=0, description="Newest checkpoints that stay.")
+    keep_every_steps: int | None = Field(default=None, gt=0, description="Checkpoints at multiples of this stay too.")
+
+
+class EvaluationConfig(Section):
+    """Pictures while training, and scores after it."""
+
+    every_steps: int = Field(default=1000, gt=0, description="Optimizer steps between sample pictures.")
+    num_images: int = Field(default=1000, gt=1, description="Images that evaluate draws for each guidance scale.")
+    guidance_scales: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        default=(1.0, 2.0), min_length=1, description="w in u + w (c - u); pictures use the last."
+    )
+    num_inference_steps: int = Field(default=50, gt=0, description="DDIM steps; a divisor of diffusion.num_timesteps.")
+    max_reference_images: int = Field(
+        default=50_000,
+        gt=1,
+        description="Real images at most that samples are compared with, evenly spaced over the set.",
+    )
+    batch_images: int = Field(default=100, gt=0, description="Images per sampler call.")
+
+
+class TrackingConfig(Section):
+    """What is written down while training."""
+
+    every_steps: int = Field(default=10, gt=0, description="Optimizer steps between rows of metrics.jsonl.")
+    tensorboard: bool = Field(default=True, description="Write RUN/tensorboard too.")
+
+
+class Config(Section):
+    """Everything a program may ask.  Functions take their section, never the whole."""
+
+    run_dir: str = Field(description="Folder of the run; made when missing.", json_schema_extra=FREE)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Every draw is a function of it and a position.")
+    data: DataConfig
+    vae: VaeConfig
+    unet: UnetConfig = UnetConfig()
+    conditioning: ConditioningConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    engine: EngineConfig = EngineConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(),
+        json_schema_extra=FREE,
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(),
+        json_schema_extra=FREE,
+    )
+    tracking: TrackingConfig = Field(
+        default=TrackingConfig(),
+        json_schema_extra=FREE,
+    )
+
+    @model_validator(mode="after")
+    def _steps_divide(self) -> Self:
+        # diffusers' trailing spacing ends anywhere but at t = 0 for many other counts: noise would stay in.
+        total, steps = self.diffusion.num_timesteps, self.evaluation.num_inference_steps
+        if total % steps:
+            good = [n for n in range(1, total + 1) if total % n == 0]
+            near = sorted(sorted(good, key=lambda n: abs(n - steps))[:2])
+            raise ValueError(
+                f"evaluation.num_inference_steps={steps} must divide diffusion.num_timesteps={total}; "
+                f"nearest: {' and '.join(map(str, near))}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, lay `dotted.key=value` overrides over it, check it all.
+
+    Raises UsageError with one line per mistake: file and line (or "command line"), key, what came, what was
+    wanted.
+    """
+    path = find_config(path)
+    values = raw_config(path, overrides)
+    try:
+        # Through JSON, for its strict mode: a list may be a tuple there, but "32" is not an integer.
+        return Config.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        lines = _key_lines(path.read_text(encoding="utf-8"))
+        given = {override.split("=", 1)[0] for override in overrides}
+        raise UsageError("\n".join(_explain(e, path, lines, given) for e in error.errors())) from None
+
+
+def raw_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The merged and interpolated values, before the schema has seen them.  Raises UsageError."""
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise UsageError(f"command line: {override!r} came, dotted.key=value was wanted")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, OSError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a mapping of sections was wanted, {type(values).__name__} came")
+    return cast(dict[str, Any], values)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, or the one of that name that ships with the package.  Raises UsageError."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    package = Path(__file__).resolve().parent
+    folders = (package / "configs", package.parent / "configs")  # in a wheel, in a checkout
+    shipped = {file.name: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if path.name in shipped and path.parent in (Path(), Path("configs")):
+        return shipped[path.name]
+    raise UsageError(f"{path}: no such config; shipped with the package: {', '.join(sorted(shipped)) or 'none'}")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML; reading it gives an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def identity(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
+    """Dotted key → value of every field in `sections` that must stay the same when a run is continued."""
+    found: dict[str, Any] = {}
+    for section in sections:
+        _collect(section, Config.model_fields[section].json_schema_extra, getattr(config, section), found)
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the whole config, for editors."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "latent-diffusion-pipeline config"
+    return schema
+
+
+def _collect(key: str, extra: object, value: Any, found: dict[str, Any]) -> None:
+    if isinstance(extra, dict) and cast(dict[str, Any], extra).get("may_change_on_resume"):
+        return
+    if not isinstance(value, BaseModel):
+        found[key] = list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+        return
+    for name, field in type(value).model_fields.items():
+        _collect(f"{key}.{name}", field.json_schema_extra, getattr(value, name), found)
+
+
+def _explain(error: Any, path: Path, lines: dict[str, int], overrides: set[str]) -> str:
+    """One line for one mistake: where, what came, what was wanted."""
+    key = ".".join(str(part) for part in error["loc"])
+    where = f"{path}"
+    if key in overrides:
+        where = "command line"
+    elif key in lines:
+        where = f"{path}:{lines[key]}"
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{where}: {key}: unknown key; {_nearest(error['loc'])}"
+        case "missing":
+            return f"{where}: {key}: missing"
+        case "value_error":
+            return f"{where}: {f'{key}: ' if key else ''}{error['ctx']['error']}"
+        case _:
+            came = repr(error["input"])
+            return f"{where}: {key}: {came if len(came) <= 80 else came[:77] + '...'} came: {error['msg']}"
+
+
+def _nearest(loc: tuple[str | int, ...]) -> str:
+    """Name the known key nearest to an unknown one: in its own section first, then anywhere."""
+    section: type[BaseModel] = Config
+    for part in loc[:-1]:
+        section = cast(type[BaseModel], section.model_fields[str(part)].annotation)
+    prefix = "".join(f"{part}." for part in loc[:-1])
+    siblings = list(section.model_fields)
+    word = str(loc[-1])
+    for known, lead, cutoff in ((siblings, prefix, 0.6), (_leaves(Config), "", 0.0)):
+        by_last_part = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+        match = difflib.get_close_matches(word, by_last_part, n=1, cutoff=cutoff)
+        if match:
+            return f"nearest known key: {lead}{by_last_part[match[0]]}"
+    return f"known here: {', '.join(siblings)}"
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """Dotted key → line number in a YAML text (first line is 1)."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                lines[prefix + str(key.value)] = key.start_mark.line + 1
+                walk(value, f"{prefix}{key.value}.")
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    return lines

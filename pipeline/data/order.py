@@ -1,0 +1,113 @@
+"""Position → (shard, sample): the order of the data as a pure function of the seed.
+
+The shards of an epoch are permuted and laid end to end; the line is cut into C equal lanes; each lane is shuffled
+in blocks.  Position p of an epoch reads lane p mod C at offset p // C.  A rank of W reads the positions p with
+p mod W = rank, so where W divides C it owns whole lanes, opens few shards, and the global batch is the same for
+every W.  The N mod C samples at the line's end stay unread in that epoch; the permutation gives others the next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.draws import Purpose, permutation
+from pipeline.errors import UsageError
+
+ALGORITHM = 1  # part of a run's identity: raise it when any position would read another sample
+
+
+class Order:
+    """The sample at every position, for shards with the given counts.
+
+    Memory: 8 bytes a shard for two epochs, and 8 bytes for each sample of one block per lane.
+    """
+
+    def __init__(self, samples_per_shard: list[int], seed: int, lanes: int, block: int) -> None:
+        """`samples_per_shard`: samples of each shard, empty ones allowed.  Raises UsageError if lanes > samples."""
+        self.counts = np.asarray(samples_per_shard, dtype=np.int64)
+        self.seed, self.lanes, self.block = seed, lanes, block
+        self.lane_length = int(self.counts.sum()) // lanes
+        if self.lane_length == 0:
+            raise UsageError(
+                f"data.lanes: {lanes} lanes came, but the set has only {int(self.counts.sum())} samples; "
+                "give at most as many lanes as samples"
+            )
+        self.epoch_length = self.lane_length * lanes
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._shuffled = lru_cache(maxsize=lanes)(self._shuffle)
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """(shard, sample within it) at a position ≥ 0."""
+        epoch, within = divmod(position, self.epoch_length)
+        lane, offset = within % self.lanes, within // self.lanes
+        block, place = divmod(offset, self.block)
+        offset = block * self.block + int(self._shuffled(epoch, lane, block)[place])
+        shards, ends = self._plan(epoch)
+        line = lane * self.lane_length + offset
+        slot = int(np.searchsorted(ends, line, side="right"))  # skips empty shards
+        shard = int(shards[slot])
+        return shard, int(line - (ends[slot] - self.counts[shard]))
+
+    def _make_plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        shards = permutation(len(self.counts), self.seed, Purpose.SHARD_ORDER, epoch)
+        return shards, np.cumsum(self.counts[shards])
+
+    def _shuffle(self, epoch: int, lane: int, block: int) -> NDArray[np.int64]:
+        length = min(self.block, self.lane_length - block * self.block)
+        return permutation(length, self.seed, Purpose.BLOCK_ORDER, epoch, fine=lane, finer=block)
+
+
+@dataclass(frozen=True)
+class DataState:
+    """All that the data needs to go on, and all that must not differ when it does."""
+
+    position: int  # samples drawn so far over all ranks
+    seed: int
+    global_batch: int
+    lanes: int
+    block: int
+    data_fingerprint: str
+    algorithm: int = ALGORITHM
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def check_continues(self, saved: dict[str, Any]) -> None:
+        """Raise UsageError naming whatever differs, besides the position, from a saved state."""
+        mine = self.to_json()
+        differing = [key for key in mine if key != "position" and saved.get(key) != mine[key]]
+        if differing:
+            said = "; ".join(f"{key} was {saved.get(key)!r}, now {mine[key]!r}" for key in differing)
+            raise UsageError(
+                f"data: the checkpoint's order of samples can't go on: {said}. "
+                "Give the former data and settings, or start a new run_dir"
+            )
+
+
+def rank_batches(
+    position: int, stop: int, *, global_batch: int, micro_batch: int, rank: int, num_ranks: int
+) -> Iterator[list[int]]:
+    """This rank's positions, one list per micro-batch, from `position` up to `stop` (both whole global batches)."""
+    for start in range(position, stop, global_batch):
+        mine = range(start + rank, start + global_batch, num_ranks)
+        for first in range(0, len(mine), micro_batch):
+            yield list(mine[first : first + micro_batch])
+
+
+def check_ranks(num_ranks: int, *, lanes: int, global_batch: int) -> None:
+    """Raise UsageError where this number of ranks can't share the lanes and the batch, naming those that can."""
+    good = [w for w in range(1, min(lanes, global_batch) + 1) if lanes % w == 0 and global_batch % w == 0]
+    if num_ranks in good:
+        return
+    near = sorted(good, key=lambda w: (abs(w - num_ranks), -w))[:2]
+    raise UsageError(
+        f"{num_ranks} ranks came, but the number of ranks must divide data.lanes={lanes} and "
+        f"train.global_batch_images={global_batch}; nearest that work: {', '.join(map(str, sorted(near)))}"
+    )

@@ -1,0 +1,144 @@
+"""The forward process q, its posterior, and the conversions between ε, v and z_0.
+
+Everywhere: z_0, z_t, eps, v and predictions are floating-point [B,C,h,w]; t is int64 [B] with values in
+[0, T); all on the schedule's device. Arithmetic is float64 and rounded once, at the end: the result is
+float32 for float32, bfloat16 and float16 inputs, float64 where any input is float64. In bfloat16 √ᾱ_0 is 1:
+the first timesteps would change nothing; so a narrow input does not make a narrow result.
+
+Every function raises ValueError where t is not int64 or the shapes do not fit. None looks at the *values*
+of t: on a GPU the host would wait for all the work queued before, in every training step. `check_timesteps`
+looks. Call it where t is made, on the CPU; without it -1 silently means T-1, as any Python index.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.schedule import PredictionType, Schedule
+
+
+def check_timesteps(t: Tensor, schedule: Schedule) -> None:
+    """Raises ValueError unless t is int64 [B] with every value in [0, T).  Call it with t on the CPU."""
+    if t.dtype != torch.int64 or t.ndim != 1:
+        raise ValueError(f"t must be an int64 vector [B], got {t.dtype} of shape {list(t.shape)}")
+    outside = t[(t < 0) | (t >= schedule.num_timesteps)]
+    if outside.numel() > 0:
+        raise ValueError(f"t must lie in [0, {schedule.num_timesteps}), got {outside[0].item()}")
+
+
+def check_shapes(t: Tensor, **latents: Tensor) -> None:
+    """Raises ValueError unless the latents are floating-point, of one shape [B,C,h,w], and t is int64 [B].
+
+    Reads only dtypes and shapes, so no GPU is waited for. The keywords are the names that the message uses.
+    """
+    first, *others = latents
+    shape = latents[first].shape
+    if len(shape) != 4:
+        raise ValueError(f"{first} must be [B,C,h,w], got shape {list(shape)}")
+    for name in others:
+        if latents[name].shape != shape:
+            came = list(latents[name].shape)
+            raise ValueError(f"{name} must have {first}'s shape {list(shape)}, got {came}")
+    for name, latent in latents.items():
+        if not latent.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, got {latent.dtype}")
+    if t.dtype != torch.int64:
+        raise ValueError(f"t must be int64, got {t.dtype}")
+    if t.shape != shape[:1]:
+        raise ValueError(f"t must be [B] with B = {shape[0]} as in {first}, got shape {list(t.shape)}")
+
+
+def result_dtype(*latents: Tensor) -> torch.dtype:
+    """float64 where any of the latents is float64, float32 otherwise."""
+    return torch.float64 if any(latent.dtype == torch.float64 for latent in latents) else torch.float32
+
+
+def q_sample(z_0: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
+    """z_t = √ᾱ_t z_0 + √(1-ᾱ_t) ε, a draw from q(z_t | z_0): DDPM (Ho et al. 2020) eq. 4.  [B,C,h,w]."""
+    check_shapes(t, z_0=z_0, eps=eps)
+    signal, noise = _signal_and_noise(t, schedule)
+    return (signal * z_0 + noise * eps).to(result_dtype(z_0, eps))
+
+
+def q_posterior(z_0: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Mean [B,C,h,w] and variance β̃_t [B,1,1,1] of q(z_{t-1} | z_t, z_0): DDPM (Ho et al. 2020) eq. 6 and 7.
+
+    At t = 0 it is the clean latent itself: mean z_0, variance 0. Both have the result dtype.
+    """
+    check_shapes(t, z_0=z_0, z_t=z_t)
+    beta_t = _at(schedule.betas, t)
+    abar_t, abar_prev = _at(schedule.alphas_cumprod, t), _at(schedule.alphas_cumprod_prev, t)
+    # μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) z_0 + √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) z_t,   β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t
+    mean = (abar_prev.sqrt() * beta_t * z_0 + (1 - beta_t).sqrt() * (1 - abar_prev) * z_t) / (1 - abar_t)
+    variance = (1 - abar_prev) / (1 - abar_t) * beta_t
+    dtype = result_dtype(z_0, z_t)
+    return mean.to(dtype), variance.to(dtype)
+
+
+def z_0_from_eps(eps: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """z_0 = (z_t - √(1-ᾱ_t) ε) / √ᾱ_t, DDPM (Ho et al. 2020) eq. 4 solved for z_0.  [B,C,h,w].
+
+    Raises ValueError where ᾱ_t is 0: z_t is then ε itself and says nothing about z_0.
+    """
+    check_shapes(t, eps=eps, z_t=z_t)
+    # Looking at ᾱ_t waits for the GPU, so only the schedules that hold a zero pay for it.
+    if schedule.reaches_zero_snr and bool((schedule.alphas_cumprod[t] == 0).any()):
+        raise ValueError("eps does not determine z_0 where alphas_cumprod is 0: predict v or z_0 there")
+    signal, noise = _signal_and_noise(t, schedule)
+    return ((z_t - noise * eps) / signal).to(result_dtype(eps, z_t))
+
+
+def eps_from_z_0(z_0: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """ε = (z_t - √ᾱ_t z_0) / √(1-ᾱ_t), DDPM (Ho et al. 2020) eq. 4 solved for ε.  [B,C,h,w]."""
+    check_shapes(t, z_0=z_0, z_t=z_t)
+    signal, noise = _signal_and_noise(t, schedule)
+    return ((z_t - signal * z_0) / noise).to(result_dtype(z_0, z_t))
+
+
+def v_from(z_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """v = √ᾱ_t ε - √(1-ᾱ_t) z_0: Salimans & Ho 2022, section 4 and appendix D.  [B,C,h,w]."""
+    check_shapes(t, z_0=z_0, eps=eps)
+    signal, noise = _signal_and_noise(t, schedule)
+    return (signal * eps - noise * z_0).to(result_dtype(z_0, eps))
+
+
+def z_0_from_v(v: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """z_0 = √ᾱ_t z_t - √(1-ᾱ_t) v: Salimans & Ho 2022, section 4 and appendix D.  [B,C,h,w]."""
+    check_shapes(t, v=v, z_t=z_t)
+    signal, noise = _signal_and_noise(t, schedule)
+    return (signal * z_t - noise * v).to(result_dtype(v, z_t))
+
+
+def eps_from_v(v: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """ε = √(1-ᾱ_t) z_t + √ᾱ_t v: Salimans & Ho 2022, appendix D.  [B,C,h,w]."""
+    check_shapes(t, v=v, z_t=z_t)
+    signal, noise = _signal_and_noise(t, schedule)
+    return (noise * z_t + signal * v).to(result_dtype(v, z_t))
+
+
+def predict_z_0(
+    prediction: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule, prediction_type: PredictionType
+) -> Tensor:
+    """The z_0 that a network means when it says `prediction` about z_t.  [B,C,h,w].
+
+    Raises ValueError: for an unknown prediction_type, and as `z_0_from_eps`.
+    """
+    match prediction_type:
+        case "epsilon":
+            return z_0_from_eps(prediction, z_t, t, schedule)
+        case "v_prediction":
+            return z_0_from_v(prediction, z_t, t, schedule)
+        case "sample":
+            check_shapes(t, prediction=prediction, z_t=z_t)
+            return prediction.to(result_dtype(prediction, z_t))
+    raise ValueError(f"unknown prediction_type {prediction_type!r}: want epsilon, v_prediction or sample")
+
+
+def _signal_and_noise(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """√ᾱ_t and √(1-ᾱ_t), the two sides of a right triangle with hypotenuse 1.  float64 [B,1,1,1]."""
+    abar_t = _at(schedule.alphas_cumprod, t)
+    return abar_t.sqrt(), (1 - abar_t).sqrt()
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """table [T] at t [B], shaped to multiply a latent.  float64 [B,1,1,1]."""
+    return table[t].view(-1, 1, 1, 1)

@@ -1,0 +1,27 @@
+"""What a user can do wrong, said in one line: where, what came, what was wanted, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+
+class UsageError(Exception):
+    """The same command will fail again until a setting or the data changes.  Programs exit with 2."""
+
+
+class RunError(Exception):
+    """The work stopped half-way for a reason that can be named (a full disk, a NaN).  Programs exit with 1."""
+
+
+@contextmanager
+def blame(where: str) -> Generator[None]:
+    """Turn an OSError or ValueError inside the block into a UsageError that begins with `where`.
+
+    A model library knows that a file is missing; only its caller knows which setting named the file.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        said = str(error)
+        raise UsageError(said if said.startswith(where) else f"{where}: {said}") from error

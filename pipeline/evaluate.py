@@ -1,0 +1,187 @@
+"""Score RUN/export against the real images: reconstruction, class accuracy, distances, coverage, near copies.
+
+The images drawn are kept in RUN/evaluation, so an interrupted evaluation goes on where it was.  Results:
+RUN/scores.json and pictures in RUN/evaluation.
+"""
+
+from __future__ import annotations
+
+if __package__ in (None, ""):  # started as a file: look for modules in the folder above this one, not in it
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pipeline import files, program, sampler
+from pipeline.class_conditional import ClassConditionalPipeline
+from pipeline.config import Config
+from pipeline.data.dataset import read_images
+from pipeline.data.images import to_unit
+from pipeline.engine import Engine
+from pipeline.errors import UsageError
+from pipeline.export import PASSPORT
+from pipeline.metrics.classifier import ImageClassifier
+from pipeline.metrics.neighbours import nearest
+from pipeline.metrics.pictures import neighbours_picture
+from pipeline.metrics.scores import image_scores
+from pipeline.sample import open_export
+from vae.metrics import psnr, reconstruct
+
+Scores = dict[str, float | int | str]
+NEIGHBOURS, NEIGHBOUR_SAMPLES = 4, 10  # of the picture: nearest training images, samples
+
+
+@dataclass(frozen=True)
+class Real:
+    """The real images: uint8 [N,H,W,3] and labels int64 [N]."""
+
+    train: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    validation: NDArray[np.uint8]
+    validation_labels: NDArray[np.int64]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, give the exit code."""
+    made = program.config_parser("evaluate", __doc__ or "")
+    return program.run_config(made, argv, evaluate, None)
+
+
+def evaluate(config: Config, args: argparse.Namespace) -> None:
+    """export → images of each guidance scale → scores beside those of the real validation images."""
+    del args
+    engine = Engine(config.engine)
+    run = Path(config.run_dir)
+    if config.data.validation_images is None:
+        raise UsageError("data.validation_images: evaluate compares with held-out images; name their folder")
+    pipe = open_export(run / "export", config)
+    drawn = {scale: draw_all(engine, config, pipe, scale) for scale in config.evaluation.guidance_scales}
+    engine.wait()
+
+    def score() -> None:
+        scores = score_all(config, pipe, drawn)
+        files.write_json(run / "scores.json", scores)
+        show(scores, config, run)
+
+    engine.main_does(score)
+
+
+def asked_labels(config: Config) -> NDArray[np.int64]:
+    """The class of each image: one after another, so that every beginning is balanced.  int64 [N]."""
+    return np.arange(config.evaluation.num_images, dtype=np.int64) % config.conditioning.num_classes
+
+
+def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, guidance_scale: float) -> list[Path]:
+    """Draw this rank's share of the images of one guidance scale; give the files of all of them, in order.
+
+    A file's name tells all that its content depends on, so what is there is right.
+    """
+    settings, run = config.evaluation, Path(config.run_dir)
+    passport = files.read_json(run / "export" / PASSPORT)
+    labels = asked_labels(config)
+    key = files.fingerprint(
+        {"export": passport, "seed": config.seed, "guidance": guidance_scale, "steps": settings.num_inference_steps}
+    )[:12]
+    folder = run / "evaluation" / f"{passport['checkpoint']}-guidance-{guidance_scale:g}-{key}"
+    starts = range(0, len(labels), settings.batch_images)
+    paths = [folder / f"{start:07d}-{min(start + settings.batch_images, len(labels)):07d}.npy" for start in starts]
+    bar = tqdm(
+        total=len(labels),
+        desc=f"sample at guidance {guidance_scale:g}",
+        unit=" images",
+        dynamic_ncols=True,
+        disable=not engine.is_main,
+    )
+    for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        indices = range(start, min(start + settings.batch_images, len(labels)))
+        if number % engine.num_ranks == engine.rank and not path.exists():
+            pixels = sampler.draw(
+                pipe,
+                labels[start : indices.stop].tolist(),
+                indices,
+                seed=config.seed,
+                guidance_scale=guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+                batch_images=settings.batch_images,
+            )
+            with files.whole(path) as aside, aside.open("wb") as file:
+                np.save(file, pixels, allow_pickle=False)
+        bar.update(len(indices))
+    bar.close()
+    return paths
+
+
+def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float, list[Path]]) -> Scores:
+    """Metric name → value, for the reconstructions, the validation images and each guidance scale."""
+    run, size, limit = Path(config.run_dir), config.data.image_size, config.evaluation.max_reference_images
+    train, train_labels = read_images(Path(config.data.train_images), size=size, limit=limit)
+    validation, validation_labels = read_images(Path(str(config.data.validation_images)), size=size, limit=limit)
+    program.say("fitting the classifier on the real training images")
+    classifier = ImageClassifier(config.seed).fit(train, train_labels)
+    scores: Scores = {
+        "checkpoint": str(files.read_json(run / "export" / PASSPORT)["checkpoint"]),
+        "vae/psnr_db": mean_psnr(pipe.vae, validation, config.evaluation.batch_images),
+        "vae/num_images": len(validation),
+    }
+
+    def add(prefix: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        found = image_scores(classifier, train, images, labels, validation_images=validation, seed=config.seed)
+        scores.update({f"{prefix}/{name}": value for name, value in found.items()})
+
+    add("validation", validation, validation_labels)
+    for guidance_scale, paths in drawn.items():
+        images = np.concatenate([np.load(path, allow_pickle=False) for path in paths])
+        prefix = f"guidance_{guidance_scale:g}"
+        add(prefix, images, asked_labels(config))
+        for name in ("recall", "coverage"):  # at equal numbers of images: both grow with the number
+            if f"{prefix}/{name}_equal_n" in scores:
+                share = float(scores[f"{prefix}/{name}_equal_n"]) / float(scores[f"validation/{name}"])
+                scores[f"{prefix}/{name}_of_validation"] = share
+        first = images[:NEIGHBOUR_SAMPLES]
+        found, _ = nearest(train, first, min(NEIGHBOURS, len(train)))
+        with files.whole(run / "evaluation" / f"nearest-{prefix}.png") as aside:
+            neighbours_picture(first, train, found).save(aside, format="PNG")
+    return scores
+
+
+def mean_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch_images: int) -> float:
+    """Mean over images of the reconstruction's PSNR in dB, from the posterior's mean."""
+    values: list[torch.Tensor] = []
+    for start in range(0, len(images), batch_images):
+        x = torch.from_numpy(to_unit(images[start : start + batch_images])).to(vae.device)
+        values.append(psnr(reconstruct(vae, x), x).cpu())
+    return float(torch.cat(values).mean())
+
+
+def show(scores: Scores, config: Config, run: Path) -> None:
+    """The scores as a table, and where everything lies."""
+    columns = ["validation", *(f"guidance_{scale:g}" for scale in config.evaluation.guidance_scales)]
+    names = list(dict.fromkeys(name.split("/", 1)[1] for name in scores if name.split("/")[0] in columns))
+    table = Table(title=f"{run / 'scores.json'}: against {scores['validation/num_train_images']:,} training images")
+    for heading in ("", "real, held out", *columns[1:]):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in names:
+        values: list[Any] = [scores.get(f"{column}/{name}") for column in columns]
+        table.add_row(name, *("" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values))
+    console = Console()
+    console.print(table)
+    console.print(f"autoencoder: {scores['vae/psnr_db']:.1f} dB PSNR on {scores['vae/num_images']:,} held-out images")
+    console.print(f"nearest training images beside samples: {run / 'evaluation'}/nearest-*.png")
+
+
+if __name__ == "__main__":
+    program.end(main())

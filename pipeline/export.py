@@ -1,0 +1,172 @@
+"""Turn a run's newest checkpoint into a diffusers folder, RUN/export: averaged U-Net, VAE, scheduler, model card.
+
+The folder is loaded back in diffusers and sampled; only when its pixels are those of the trainer's own sampler does it
+take its name.
+"""
+
+from __future__ import annotations
+
+if __package__ in (None, ""):  # started as a file: look for modules in the folder above this one, not in it
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from pipeline import checkpoint, class_conditional, files, program, sampler
+from pipeline.checkpoint import Checkpoint
+from pipeline.class_conditional import ClassConditionalPipeline
+from pipeline.config import Config, to_yaml
+from pipeline.ema import profile_name
+from pipeline.errors import RunError, UsageError, blame
+from vae.model import load, weights_sha256
+from vae.moments import LatentScale
+
+PASSPORT = "training.json"  # in the export: which checkpoint it is
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, give the exit code."""
+    made = program.config_parser("export", __doc__ or "")
+    return program.run_config(made, argv, export, None)
+
+
+def export(config: Config, args: argparse.Namespace) -> None:
+    """checkpoint → pipeline → folder → loaded back, sampled, compared → RUN/export."""
+    del args
+    run = Path(config.run_dir)
+    found = newest_checkpoint(run)
+    passport = {
+        "checkpoint": found.path.name,
+        "manifest_sha256": files.sha256(found.path / "manifest.json"),
+        "ema": profile_name(config.ema.decays[0]),
+    }
+    out = run / "export"
+    if (out / PASSPORT).exists() and files.read_json(out / PASSPORT) == passport:
+        program.say(f"{out} is {found.path.name} already")
+        return
+    pipe = checkpoint_pipeline(config, found)
+    aside = run / ".export.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    write_export(pipe, aside, config, found, passport)
+    compare(pipe, aside, config)
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
+    program.say(f"exported {found.path.name} to {out}; it was loaded back and draws the same pixels")
+
+
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run.  Raises UsageError where there is none."""
+    found, wrong = checkpoint.newest(run / "checkpoints")
+    for reason in wrong:
+        program.say(f"warning: passing over a broken checkpoint: {reason}")
+    if found is None:
+        raise UsageError(f"{run / 'checkpoints'}: no whole checkpoint; train with this config first")
+    return found
+
+
+def checkpoint_pipeline(config: Config, found: Checkpoint) -> ClassConditionalPipeline:
+    """The trainer's own sampler with a checkpoint's averaged weights.  Raises UsageError for another VAE's latents."""
+    with blame("vae.path"):
+        vae = load(config.vae.path)
+    said = found.state["latents"]
+    digest = weights_sha256(vae)
+    if said["origin"]["vae_sha256"] != digest:
+        raise UsageError(
+            f"vae.path: the VAE {digest[:12]} came; {found.path} was trained on latents of the VAE "
+            f"{said['origin']['vae_sha256'][:12]}"
+        )
+    weights = found.weights(f"ema/{profile_name(config.ema.decays[0])}")
+    unet_config = UNet2DConditionModel.load_config(found.path / "unet")
+    averaged = sampler.frozen_unet(unet_config, weights, torch.device("cpu"))
+    scale = LatentScale(said["scale"], said["shift"])
+    return sampler.assemble(averaged, vae, scale, config.diffusion, config.conditioning.class_names)
+
+
+def write_export(
+    pipe: ClassConditionalPipeline, folder: Path, config: Config, found: Checkpoint, passport: dict[str, Any]
+) -> None:
+    """Write the diffusers folder: models in safetensors, the pipeline's code, the model card, its passport."""
+    pipe.save_pretrained(folder, safe_serialization=True)
+    shutil.copyfile(class_conditional.__file__, folder / "pipeline.py")
+    index = files.read_json(folder / "model_index.json")
+    index["_class_name"] = ["pipeline", ClassConditionalPipeline.__name__]  # the class in pipeline.py beside it
+    files.write_json(folder / "model_index.json", index)
+    files.write_text(folder / "README.md", model_card(config, found))
+    files.write_json(folder / PASSPORT, passport)
+
+
+def compare(pipe: ClassConditionalPipeline, folder: Path, config: Config) -> None:
+    """Load the folder as a user does, and draw the same images with both.  Raises RunError where they differ."""
+    loaded: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    loaded.set_progress_bar_config(disable=True)
+    num_classes = config.conditioning.num_classes
+    labels = [0, num_classes - 1]
+    steps = min(10, config.evaluation.num_inference_steps)
+    drawn = [
+        p(labels, seeds=[1, 2], guidance_scale=2.0, num_inference_steps=steps, output_type="np").images
+        for p in cast(tuple[Any, Any], (pipe, loaded))
+    ]
+    difference = float(np.abs(drawn[0] - drawn[1]).max())
+    if not difference <= 1e-5:
+        raise RunError(f"{folder}: loaded back, its pixels differ by {difference} from the trainer's sampler")
+
+
+def model_card(config: Config, found: Checkpoint) -> str:
+    """The README.md of an export: what it is, how to load it, what it was trained on and how."""
+    origin = found.state["latents"]["origin"]
+    names = [*(config.conditioning.class_names or map(str, range(config.conditioning.num_classes)))]
+    diffusion, images_seen = config.diffusion, found.state["data"]["position"]
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [latent-diffusion, class-conditional, ddpm]
+license: other
+---
+
+# {Path(config.run_dir).name}
+
+A class-conditional latent diffusion model: images of {config.data.image_size}×{config.data.image_size} pixels,
+{config.conditioning.num_classes} classes ({", ".join(names[:20])}{", …" if len(names) > 20 else ""}).
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", trust_remote_code=True)
+pipe([{names[-1]!r}], seeds=0, guidance_scale={config.evaluation.guidance_scales[-1]:g}).images[0]
+```
+
+`trust_remote_code=True` runs `pipeline.py` of this folder: diffusers has no class-conditional latent pipeline of
+its own for this U-Net.
+
+## How it was trained
+
+| | |
+|---|---|
+| data | image shards `{config.data.train_images}`, fingerprint `{origin["source_fingerprint"][:16]}` |
+| autoencoder | `{origin["vae_sha256"][:16]}`, latents scaled by {found.state["latents"]["scale"]:.6g} |
+| objective | {diffusion.prediction_type}, {diffusion.schedule} schedule, T = {diffusion.num_timesteps} |
+| steps | {found.step:,} of {config.train.global_batch_images} images ({images_seen:,} images seen) |
+| condition dropout | {config.conditioning.dropout:g} |
+| weights | average with decay {config.ema.decays[0]:g} |
+
+License of weights and data: to be filled in by whoever publishes them.
+
+<details><summary>The whole config</summary>
+
+```yaml
+{to_yaml(config)}```
+</details>
+"""
+
+
+if __name__ == "__main__":
+    program.end(main())

@@ -1,0 +1,71 @@
+"""Files that are whole or absent: written aside, flushed to the disk, hashed, then renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+
+@contextmanager
+def whole(path: Path) -> Generator[Path]:
+    """Give a path to write to; when the block ends well, that file is flushed and takes the name `path`.
+
+    A reader sees the old content or the new, never a part of one.  When the block fails, nothing is left.
+    The name aside is fixed, so that what a killed process left is overwritten by the next try.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        yield aside
+        flush(aside)
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """fsync a file, or a folder after a rename in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file (UTF-8)."""
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file; not-a-number is refused, as JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.  Raises OSError where it can't be read, ValueError where it is not one."""
+    value: object = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object was wanted, {type(value).__name__} came")
+    return cast(dict[str, Any], value)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in its canonical form: equal values give equal fingerprints."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,28 @@
+"""Check a folder of WebDataset tars, as img2dataset writes them, and write its index.
+
+Every header's checksum, both end-of-archive blocks, keys and parts are checked; every bad shard is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import files, program
+from pipeline.data import images
+from pipeline.data.index import build_index
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, give the exit code."""
+    made = program.parser("index", __doc__ or "")
+    made.add_argument("folder", type=Path, help="the folder of the *.tar")
+    return program.run_plain(made, argv, index)
+
+
+def index(args: argparse.Namespace) -> None:
+    """Write FOLDER/index, and say what was found."""
+    build_index(args.folder, required=(images.PARTS,))
+    shards = files.read_json(args.folder / "index" / "manifest.json")["shards"]
+    program.say(f"{args.folder}: {sum(s['samples'] for s in shards):,} samples in {len(shards):,} shards")

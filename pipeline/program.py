@@ -1,0 +1,151 @@
+"""How a program starts and ends: arguments in; one line per error, status.json and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.config import Config, find_config, load_config, raw_config
+from pipeline.engine import launched_rank, leave
+from pipeline.errors import RunError, UsageError
+from pipeline.run_folder import InUseError, State, read_status, write_status
+
+DONE, FAILED, USAGE = 0, 1, 2
+Folder = Callable[[dict[str, Any]], Any]  # raw config → the folder whose status.json tells this program's outcome
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that says one line and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line; exit with 2."""
+        say(f"{self.prog}: {message}; --help shows what is known")
+        raise SystemExit(USAGE)
+
+
+def parser(verb: str, purpose: str) -> Parser:
+    """A verb's parser.  `purpose`: the program's docstring."""
+    made = Parser(
+        prog=f"python -m pipeline {verb}", description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def config_parser(verb: str, purpose: str) -> Parser:
+    """A verb's parser that takes CONFIG.yaml and overrides."""
+    made = parser(verb, purpose)
+    made.add_argument("config", metavar="CONFIG.yaml", help="the run's settings, or the name of a shipped file")
+    made.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings laid over the file's")
+    return made
+
+
+def run_config(
+    made: Parser, argv: Sequence[str] | None, story: Callable[[Config, argparse.Namespace], None], folder: Folder | None
+) -> int:
+    """Parse, load the config, tell the story; the exit code.  `folder`: where its status.json lies, if it has one."""
+    args = _parse(made, argv)
+    if isinstance(args, int):
+        return args
+    where: list[Path] = []
+
+    def work() -> None:
+        if folder is not None:
+            where.extend(_status_folder(args, folder))
+        config = load_config(args.config, args.overrides)
+        story(config, args)
+
+    return _guard(work, args.debug, where)
+
+
+def run_plain(made: Parser, argv: Sequence[str] | None, story: Callable[[argparse.Namespace], None]) -> int:
+    """Parse and tell the story of a program that needs no config; the exit code."""
+    args = _parse(made, argv)
+    return args if isinstance(args, int) else _guard(lambda: story(args), args.debug, [])
+
+
+def end(code: int) -> NoReturn:
+    """Leave the process: the last call of a program started as a file."""
+    leave(code)
+
+
+def say(line: str) -> None:
+    """One line to the person at the terminal (progress bars share this stream)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parse(made: Parser, argv: Sequence[str] | None) -> argparse.Namespace | int:
+    try:
+        return made.parse_intermixed_args(argv)
+    except SystemExit as wish:
+        return int(wish.code or 0)
+
+
+def _status_folder(args: argparse.Namespace, folder: Folder) -> list[Path]:
+    """The run's folder, found before the schema has been checked, so that a usage error can be told there."""
+    try:
+        found = folder(raw_config(find_config(args.config), args.overrides))
+    except (UsageError, KeyError, TypeError):
+        return []
+    return [Path(found)] if isinstance(found, str) and found else []
+
+
+def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
+    """Run; turn how it ends into an exit code, one line per error, and a status."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        work()
+    except InUseError as error:
+        return _tell(error, USAGE)
+    except UsageError as error:
+        _record(status, "usage", str(error))
+        return _tell(error, USAGE, debug)
+    except KeyboardInterrupt:
+        if status and read_status(status[0]).get("state") == "running":
+            _record(status, "preempted", "interrupted")
+        if launched_rank() == 0:
+            say("interrupted; the same command goes on from the newest checkpoint")
+        return FAILED
+    except Exception as error:
+        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        _record(status, "failed", reason)
+        if status and not isinstance(error, RunError):
+            (status[0] / f"traceback-{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return _tell(error, FAILED, debug)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return DONE
+
+
+def _tell(error: Exception, code: int, debug: bool = False) -> int:
+    """Say an error once over all ranks."""
+    if debug:
+        traceback.print_exception(error)
+    shared = isinstance(error, UsageError) or "echo" in getattr(error, "__notes__", ())
+    if shared and launched_rank() != 0:
+        return code
+    named = isinstance(error, UsageError | RunError)
+    prefix = "error" if launched_rank() == 0 else f"error: rank {launched_rank()}"
+    for line in str(error).splitlines() or [""]:
+        say(f"{prefix}: {line if named else f'{type(error).__name__}: {line}'}")
+        if not named:
+            break
+    return code
+
+
+def _record(status: list[Path], state: State, reason: str) -> None:
+    if not status:
+        return
+    try:
+        write_status(status[0], state, reason=reason)
+    except OSError as error:
+        say(f"error: {status[0] / 'status.json'} could not be written: {error}")
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

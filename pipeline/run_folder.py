@@ -1,0 +1,83 @@
+"""RUN/: whose it is, what it was started with, how it stands."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import yaml
+
+from pipeline import files
+from pipeline.config import Config, identity, to_yaml
+from pipeline.errors import UsageError
+
+State = Literal["running", "done", "preempted", "failed", "usage"]
+_locks: list[TextIO] = []  # held open until the process ends, however it ends
+
+
+class InUseError(UsageError):
+    """Another live process writes this run: its status is not ours to change."""
+
+
+def write_status(folder: Path, state: State, *, step: int | None = None, reason: str | None = None) -> None:
+    """Write RUN/status.json whole.  `step`: optimizer steps that are saved; None keeps the number it has."""
+    path = folder / "status.json"
+    if step is None:
+        step = read_status(folder).get("step", 0)
+    files.write_json(path, {"state": state, "step": step, "reason": reason})
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What status.json says; nothing where there is none."""
+    try:
+        return files.read_json(folder / "status.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def claim(folder: Path, config: Config, sections: tuple[str, ...]) -> None:
+    """Make the folder this config's own, for this process alone, and say that it runs.
+
+    Raises InUseError where a live process has it, and UsageError where it has checkpoints of a config that differs in
+    `sections`, naming every key that does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
+    mine = identity(config, sections)
+    if (folder / "config.yaml").exists() and any((folder / "checkpoints").glob("step-*")):
+        was = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        differing = [key for key in mine if was.get(key) != mine[key]]
+        if differing:
+            said = "; ".join(f"{key} was {was.get(key)!r}, now {mine[key]!r}" for key in differing)
+            raise UsageError(f"{folder}: belongs to another config: {said}. Restore these or choose another folder")
+    files.write_text(folder / "config.yaml", to_yaml(config))
+    write_status(folder, "running")
+
+
+def _lock(folder: Path) -> None:
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise InUseError(
+            f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it or end it"
+        ) from None
+    except OSError:  # a file system without locks: go on without this protection
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _locks.append(file)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{prefix}{key}.")
+    return found

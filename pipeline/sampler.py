@@ -1,0 +1,89 @@
+"""The trainer's own sampler: a pipeline put together from its parts, images that are functions of (seed, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+
+from pipeline.class_conditional import ClassConditionalPipeline
+from pipeline.config import DiffusionConfig
+from pipeline.data.draws import Purpose, integer_seed
+from pipeline.data.images import to_pixels
+from pipeline.diffusion.schedule import scheduler_config
+from vae.moments import LatentScale
+
+
+def assemble(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    latent_scale: LatentScale,
+    diffusion: DiffusionConfig,
+    class_names: Sequence[str] | None,
+) -> ClassConditionalPipeline:
+    """The pipeline that an export is: its scheduler says what the schedule means, its VAE how latents are scaled."""
+    vae.register_to_config(scaling_factor=latent_scale.scale, shift_factor=latent_scale.shift or None)
+    scheduler = DDIMScheduler(
+        **scheduler_config(
+            diffusion.schedule,
+            diffusion.num_timesteps,
+            diffusion.beta_start,
+            diffusion.beta_end,
+            diffusion.prediction_type,
+        )
+    )
+    pipe = ClassConditionalPipeline(vae, unet, scheduler, list(class_names) if class_names else None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def frozen_unet(unet_config: Any, weights: dict[str, Tensor], device: torch.device) -> UNet2DConditionModel:
+    """A U-Net of diffusers' config with these fp32 weights, frozen."""
+    unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(unet_config))
+    unet.load_state_dict(weights)
+    unet.requires_grad_(False)
+    Module.to(unet, device)
+    return unet.eval()
+
+
+def sample_seeds(seed: int, indices: Sequence[int]) -> list[int]:
+    """The seed of each image of a run's samples: a function of (seed, index)."""
+    return [integer_seed(seed, Purpose.SAMPLE, index) for index in indices]
+
+
+def draw(
+    pipe: ClassConditionalPipeline,
+    labels: Sequence[int],
+    indices: Sequence[int],
+    *,
+    seed: int,
+    guidance_scale: float,
+    num_inference_steps: int,
+    batch_images: int,
+    bar: tqdm[Any] | None = None,
+) -> NDArray[np.uint8]:
+    """uint8 [N,H,W,3]: image i shows labels[i] and starts from the noise of (seed, indices[i])."""
+    images: list[NDArray[np.uint8]] = []
+    seeds = sample_seeds(seed, indices)
+    for first in range(0, len(labels), batch_images):
+        part = slice(first, first + batch_images)
+        x = pipe(
+            list(labels[part]),
+            seeds=seeds[part],
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            output_type="pt",
+        )
+        pixels = x.images if not isinstance(x, tuple) else x[0]
+        assert isinstance(pixels, torch.Tensor)
+        images.append(to_pixels(pixels.cpu() * 2 - 1))
+        if bar is not None:
+            bar.update(len(pixels))
+    return np.concatenate(images)

@@ -1,0 +1,113 @@
+"""Train the autoencoder on images: pixels → posterior moments → a sample of them → pixels.
+
+The result, in vae.run_dir/autoencoder, is a diffusers AutoencoderKL.  To resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+if __package__ in (None, ""):  # started as a file: look for modules in the folder above this one, not in it
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from pipeline import program
+from pipeline.config import Config
+from pipeline.data.dataset import ImageSamples
+from pipeline.data.draws import Purpose, integer_seed
+from pipeline.engine import Engine
+from pipeline.optim import build_adamw, learning_rate_at
+from pipeline.run_folder import claim, write_status
+from pipeline.training import Course, Training
+from vae.model import build, weights_sha256
+from vae.steps import AutoencoderStep, autoencoder_loss
+
+IDENTITY = ("seed", "data", "vae", "engine")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, give the exit code."""
+    made = program.config_parser("train-vae", __doc__ or "")
+    return program.run_config(made, argv, train_vae, lambda raw: raw.get("vae", {}).get("run_dir"))
+
+
+def train_vae(config: Config, args: argparse.Namespace) -> None:
+    """config → engine → data → autoencoder, optimizer → resume → steps → the diffusers folder."""
+    del args
+    run, settings, shape = Path(config.vae.run_dir), config.vae.train, config.vae.model
+    engine = Engine(config.engine)
+    engine.main_does(lambda: claim(run, config, IDENTITY))
+
+    side = config.data.image_size // shape.downsampling_factor
+    samples = ImageSamples(
+        Path(config.data.train_images),
+        seed=config.seed,
+        lanes=config.data.lanes,
+        block=config.data.shuffle_block,
+        size=config.data.image_size,
+        latent_shape=(shape.latent_channels, side, side),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 1))
+        autoencoder = build(shape)
+    module = AutoencoderStep(autoencoder)
+
+    training = Training(
+        engine,
+        run,
+        name="autoencoder",
+        core=autoencoder,
+        module=module,
+        optimizer=build_adamw(
+            module, learning_rate=settings.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        ),
+        ema_decays=(),
+        samples=samples,
+        course=Course(
+            steps=settings.steps,
+            global_batch_images=settings.global_batch_images,
+            micro_batch_images=settings.micro_batch_images,
+            learning_rate=lambda step: learning_rate_at(
+                step,
+                peak=settings.learning_rate,
+                schedule="constant",
+                warmup_steps=settings.warmup_steps,
+                total_steps=settings.steps,
+            ),
+            clip_norm=settings.gradient_clip_norm,
+        ),
+        record={},
+    )
+
+    def loss_of(model: Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        output = model(batch["x"], batch["posterior_noise"])
+        return autoencoder_loss(output, batch["x"], settings)
+
+    for _ in training.steps(loss_of, data=config.data, saving=config.checkpoint, tracking=config.tracking):
+        pass
+
+    def finish() -> str:
+        aside = run / ".autoencoder.part"
+        shutil.rmtree(aside, ignore_errors=True)
+        autoencoder.save_pretrained(aside)
+        shutil.rmtree(run / "autoencoder", ignore_errors=True)
+        aside.rename(run / "autoencoder")
+        write_status(run, "done", step=settings.steps)
+        return weights_sha256(autoencoder)
+
+    digest = engine.main_does(finish)
+    if engine.is_main:
+        program.say(f"the autoencoder {digest[:12]} is in {run / 'autoencoder'}")
+
+
+if __name__ == "__main__":
+    program.end(main())

@@ -1,0 +1,199 @@
+"""What every training does alike: resume, take steps, average, write down, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from pipeline import checkpoint, program
+from pipeline.config import CheckpointConfig, DataConfig, TrackingConfig
+from pipeline.data.dataset import Samples, load_batches
+from pipeline.data.order import DataState, check_ranks, rank_batches
+from pipeline.ema import Ema
+from pipeline.engine import Engine
+from pipeline.errors import RunError, UsageError
+from pipeline.optim import load_moments, moments, set_learning_rate
+from pipeline.run_folder import write_status
+from pipeline.tracking import Tracker
+
+LossOf = Callable[[Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long, in what portions, how fast."""
+
+    steps: int  # optimizer steps of the whole run
+    global_batch_images: int
+    micro_batch_images: int | None  # per rank; None: the rank's whole share
+    learning_rate: Callable[[int], float]  # of each step, 0 the first
+    clip_norm: float
+
+    def rank_share(self, num_ranks: int) -> tuple[int, int]:
+        """(images per micro-batch, micro-batches per step) of one rank.  Raises UsageError."""
+        share = self.global_batch_images // num_ranks
+        micro = self.micro_batch_images or share
+        if share % micro:
+            raise UsageError(
+                f"micro_batch_images: {micro} came, but it must divide a rank's share of the batch, "
+                f"{self.global_batch_images} images / {num_ranks} ranks = {share}"
+            )
+        return micro, share // micro
+
+
+class Training:
+    """One model on its way: wrapped for the ranks, its averages, its place in the data, its run folder."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: Path,
+        *,
+        name: str,
+        core: ModelMixin,
+        module: Module,
+        optimizer: Optimizer,
+        ema_decays: tuple[float, ...],
+        samples: Samples,
+        course: Course,
+        record: dict[str, Any],
+    ) -> None:
+        """Take up the newest whole checkpoint in RUN/checkpoints, or begin.
+
+        `core` is the diffusers model whose weights are saved under `name`; `module` is what the ranks wrap: the core
+        itself or what holds it.  `record`: JSON that each checkpoint's state carries.  Raises UsageError where a
+        checkpoint belongs to other data.
+        """
+        check_ranks(engine.num_ranks, lanes=samples.lanes, global_batch=course.global_batch_images)
+        self.engine, self.run, self.name, self.core = engine, run, name, core
+        self.samples, self.course, self.record = samples, course, record
+        self.data = DataState(
+            position=0,
+            seed=samples.seed,
+            global_batch=course.global_batch_images,
+            lanes=samples.lanes,
+            block=samples.block,
+            data_fingerprint=samples.fingerprint,
+        )
+        resumed = self._newest()
+        self.start = resumed.step if resumed else 0
+        if resumed:  # weights before the ranks wrap the model, moments after
+            self.data.check_continues(resumed.state["data"])
+            self.data = DataState(**resumed.state["data"])
+            core.load_state_dict(resumed.weights(name))
+        core.to(engine.device)  # pyright: ignore[reportArgumentType]
+        self.ema = Ema(core, ema_decays)
+        self.model, self.optimizer = engine.prepare(module, optimizer)
+        if resumed:
+            self.ema.load(resumed.ema())
+            load_moments(self.optimizer, core, resumed.moments(name), self.start)
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """The newest checkpoint that verifies, the same on every rank: rank 0 looks."""
+
+        def look() -> str | None:
+            found, wrong = checkpoint.newest(self.run / "checkpoints")
+            for reason in wrong:
+                program.say(f"warning: passing over a broken checkpoint: {reason}")
+            if wrong and found is None:
+                raise UsageError(f"{self.run}/checkpoints: no checkpoint is whole; move them away to begin anew")
+            return found.path.name if found else None
+
+        name = self.engine.main_does(look)
+        return checkpoint.open_verified(self.run / "checkpoints" / name) if name else None
+
+    def steps(
+        self, loss_of: LossOf, *, data: DataConfig, saving: CheckpointConfig, tracking: TrackingConfig
+    ) -> Iterator[int]:
+        """Take the steps that are left; give the number of steps made after each, before it is saved."""
+        course, engine = self.course, self.engine
+        micro, num_micro = course.rank_share(engine.num_ranks)
+        batches = load_batches(
+            self.samples,
+            rank_batches(
+                self.data.position,
+                self.data.position + (course.steps - self.start) * course.global_batch_images,
+                global_batch=course.global_batch_images,
+                micro_batch=micro,
+                rank=engine.rank,
+                num_ranks=engine.num_ranks,
+            ),
+            workers=data.workers,
+            pin_memory=engine.device.type == "cuda",
+        )
+        tracker = Tracker(self.run, after_step=self.start, tensorboard=tracking.tensorboard, is_main=engine.is_main)
+        images = course.global_batch_images
+        bar = tqdm(
+            total=course.steps * images,
+            initial=self.start * images,
+            desc=f"train {self.name}",
+            unit=" images",
+            dynamic_ncols=True,
+            disable=not engine.is_main,
+        )
+        since, step_since = time.monotonic(), self.start
+        for step in range(self.start, course.steps):
+            set_learning_rate(self.optimizer, learning_rate := course.learning_rate(step))
+            try:
+                result = engine.step(
+                    self.model,
+                    self.optimizer,
+                    (next(batches) for _ in range(num_micro)),
+                    lambda batch: loss_of(self.model, batch),
+                    num_micro_batches=num_micro,
+                    clip_norm=course.clip_norm,
+                )
+            except RunError as error:
+                end = self.data.position + images - 1
+                raise RunError(f"step {step + 1}, positions {self.data.position} to {end}: {error}") from error
+            self.ema.update(self.core, step)
+            self.data = replace(self.data, position=self.data.position + images)
+            done = step + 1
+            bar.update(images)
+            bar.set_postfix(step=done, loss=f"{result.loss:.4f}", refresh=False)
+            if done % tracking.every_steps == 0 or done == course.steps:
+                now = time.monotonic()
+                tracker.write(
+                    {
+                        "step": done,
+                        "position": self.data.position,
+                        "loss": result.loss,
+                        **result.parts,
+                        "learning_rate": learning_rate,
+                        "grad_norm": result.grad_norm,
+                        "images_per_s": (done - step_since) * images / (now - since),
+                    }
+                )
+                since, step_since = now, done
+            yield done
+            if done % saving.every_steps == 0 or done == course.steps:
+                self._save(done, saving)
+        bar.close()
+        tracker.close()
+
+    def _save(self, step: int, saving: CheckpointConfig) -> None:
+        def write() -> None:
+            checkpoint.save(
+                self.run / "checkpoints",
+                step,
+                name=self.name,
+                model=self.core,
+                moments=moments(self.optimizer, self.core),
+                ema=self.ema.state(),
+                state={"data": self.data.to_json(), **self.record},
+            )
+            checkpoint.prune(
+                self.run / "checkpoints", keep_last=saving.keep_last, keep_every_steps=saving.keep_every_steps
+            )
+            write_status(self.run, "running", step=step)
+
+        self.engine.main_does(write)

@@ -1,0 +1,120 @@
+"""A training step reaches every weight, draws nothing itself, and twenty of them learn something."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from vae.config import VaeModelConfig, VaeTrainConfig
+from vae.losses import kl_divergence
+from vae.metrics import psnr, reconstruct
+from vae.model import build
+from vae.moments import MomentStatistics, encode_moments, sample_posterior
+from vae.steps import AutoencoderOutput, AutoencoderStep, autoencoder_loss
+
+TINY = VaeModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
+
+
+@pytest.fixture
+def step() -> AutoencoderStep:
+    torch.manual_seed(0)
+    return AutoencoderStep(build(TINY))
+
+
+def batch(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(num_images, 3, 8, 8, generator=generator) * 2 - 1
+    return x, torch.randn(num_images, 4, 4, 4, generator=generator)
+
+
+def test_forward_is_encode_draw_decode(step: AutoencoderStep) -> None:
+    x, noise = batch(2)
+    output = step(x, noise)
+    z = sample_posterior(encode_moments(step.autoencoder, x), noise)
+    assert output.x_hat.shape == x.shape and output.moments.shape == (2, 8, 4, 4)
+    assert torch.equal(output.x_hat, step.autoencoder.decode(z).sample)
+
+
+def test_nothing_is_drawn_inside(step: AutoencoderStep) -> None:
+    x, noise = batch(2)
+    state = torch.get_rng_state()
+    first, second = step(x, noise), step(x, noise)
+    assert torch.equal(first.x_hat, second.x_hat)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(step(x, -noise).x_hat, first.x_hat)
+
+
+def test_gradients_reach_encoder_and_decoder(step: AutoencoderStep) -> None:
+    x, noise = batch(2)
+    loss, _ = autoencoder_loss(step(x, noise), x, VaeTrainConfig(kl_weight=0.0))
+    loss.backward()
+    for name, weight in step.named_parameters():
+        # A key's bias moves all scores of a softmax row alike: its gradient is zero by theory.
+        if not name.endswith("to_k.bias"):
+            assert weight.grad is not None and weight.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_loss_is_the_sum_its_docstring_says(kind: str) -> None:
+    x, _ = batch(2)
+    output = AutoencoderOutput(x + 0.5, torch.full((2, 8, 4, 4), 0.3))
+    config = VaeTrainConfig.model_validate({"reconstruction": kind, "kl_weight": 0.25})
+    loss, parts = autoencoder_loss(output, x, config)
+    error, kl = {"l1": 0.5, "l2": 0.25}[kind], kl_divergence(output.moments).mean().item() / (4 * 4 * 4)
+    assert loss.item() == pytest.approx(error + 0.25 * kl, rel=1e-6)
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(
+        {"reconstruction": error, "kl_nats_per_element": kl}, rel=1e-6
+    )
+
+
+def test_parts_are_detached(step: AutoencoderStep) -> None:
+    x, noise = batch(2)
+    loss, parts = autoencoder_loss(step(x, noise), x, VaeTrainConfig())
+    assert loss.requires_grad and not any(part.requires_grad for part in parts.values())
+
+
+def test_micro_batches_add_up_to_the_batch(step: AutoencoderStep) -> None:
+    step.double()
+    x, noise = (part.double() for part in batch(4))
+    config = VaeTrainConfig()
+    whole = torch.autograd.grad(autoencoder_loss(step(x, noise), x, config)[0], list(step.parameters()))
+    parts = [
+        torch.autograd.grad(
+            autoencoder_loss(step(x[half], noise[half]), x[half], config)[0] / 2, list(step.parameters())
+        )
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    for gradient, first, second in zip(whole, *parts, strict=True):
+        assert torch.allclose(gradient, first + second, rtol=1e-9, atol=1e-12)
+
+
+def test_twenty_steps_on_digits_learn() -> None:
+    images = [Image.fromarray((image / 16 * 255).round().astype(np.uint8)) for image in load_digits().images[:200]]
+    pixels = np.stack([np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)) for image in images])
+    x = (torch.from_numpy(pixels).float() / 127.5 - 1).unsqueeze(1).expand(-1, 3, -1, -1)
+    train, held_out = x[:160], x[160:]
+
+    torch.manual_seed(0)
+    step, config = AutoencoderStep(build(TINY)), VaeTrainConfig(learning_rate=1e-2)
+    optimizer = torch.optim.AdamW(step.parameters(), lr=config.learning_rate)
+    before = psnr(reconstruct(step.autoencoder, held_out), held_out).mean()
+    losses: list[float] = []
+    for i in range(20):
+        part = train[(i * 16) % 160 :][:16]
+        noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        loss, _ = autoencoder_loss(step(part, noise), part, config)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(step.parameters(), config.gradient_clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert psnr(reconstruct(step.autoencoder, held_out), held_out).mean() > before + 3
+    statistics = MomentStatistics(4)
+    with torch.no_grad():
+        statistics.update(encode_moments(step.autoencoder, held_out))
+    assert statistics.latent_scale.scale > 0
