@@ -21,8 +21,17 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand over to a verb; the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Hand over to a verb; the exit code.  Without `argv` it is the whole program, and leaves as one."""
+    code = run_verb(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and "torch" in sys.modules:
+        from pipeline.engine import leave
+
+        leave(code)
+    return code
+
+
+def run_verb(words: list[str]) -> int:
+    """The verb's exit code."""
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):
         width = max(map(len, VERBS))
@@ -39,9 +48,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    if "torch" in sys.modules:
-        from pipeline.engine import leave
-
-        leave(code)
-    sys.exit(code)
+    sys.exit(main())

@@ -125,7 +125,8 @@ def _seal(folder: Path) -> None:
         listed[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
     for inner in [p for p in folder.rglob("*") if p.is_dir()]:
         files.flush(inner)
-    files.write_json(folder / "manifest.json", {"format": FORMAT, "files": listed})
+    manifest = {"format": FORMAT, "files": listed}
+    files.write_json(folder / "manifest.json", {**manifest, "sha256": files.fingerprint(manifest)})
 
 
 def verify(path: Path) -> Checkpoint:
@@ -133,14 +134,7 @@ def verify(path: Path) -> Checkpoint:
 
     Raises BrokenError naming the file and the reason; UsageError for a checkpoint in a newer format.
     """
-    try:
-        manifest = files.read_json(path / "manifest.json")
-    except (OSError, ValueError) as error:
-        raise BrokenError(f"{path}/manifest.json: {error}") from None
-    if int(manifest.get("format", 0)) > FORMAT:
-        raise UsageError(
-            f"{path}: written in format {manifest['format']}, this program reads up to {FORMAT}; update it"
-        )
+    manifest = _read_manifest(path / "manifest.json")
     for name, wanted in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -150,6 +144,21 @@ def verify(path: Path) -> Checkpoint:
         if files.sha256(file) != wanted["sha256"]:
             raise BrokenError(f"{file}: its content is not what was written (SHA-256 differs)")
     return open_verified(path)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, once it is what was written to the last byte: it carries its own hash."""
+    try:
+        manifest = files.read_json(path)
+        whole = path.read_text(encoding="utf-8") == files.json_text(manifest)
+    except (OSError, ValueError) as error:
+        raise BrokenError(f"{path}: {error}") from None
+    said = manifest.pop("sha256", None)
+    if not whole or said != files.fingerprint(manifest):
+        raise BrokenError(f"{path}: its content is not what was written (SHA-256 differs)")
+    if manifest["format"] > FORMAT:
+        raise UsageError(f"{path}: format {manifest['format']} came, this program reads up to {FORMAT}; update it")
+    return manifest
 
 
 def open_verified(path: Path) -> Checkpoint:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,21 +26,21 @@ FREE: dict[str, Any] = {"may_change_on_resume": True}
 class Section(BaseModel):
     """A part of the schema: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class DataConfig(Section):
     """Where the shards lie and in what order they are read.  Paths may move: contents are fingerprinted."""
 
-    train_images: str = Field(description="Folder of image shards to train on.", json_schema_extra=FREE)
+    train_images: str = Field(min_length=1, description="Folder of image shards to train on.", json_schema_extra=FREE)
     validation_images: str | None = Field(
-        default=None, description="Folder of held-out image shards.", json_schema_extra=FREE
+        default=None, min_length=1, description="Folder of held-out image shards.", json_schema_extra=FREE
     )
     train_latents: str = Field(
-        description="Folder of latent shards: encode writes it, train reads it.", json_schema_extra=FREE
+        min_length=1, description="Folder of latent shards: encode writes it, train reads it.", json_schema_extra=FREE
     )
     validation_latents: str | None = Field(
-        default=None, description="The same for the held-out images.", json_schema_extra=FREE
+        default=None, min_length=1, description="The same for the held-out images.", json_schema_extra=FREE
     )
     image_size: int = Field(
         gt=0, description="Side of the square training images, pixels: short side scaled to it, centre cut."
@@ -87,8 +88,12 @@ class UnetConfig(Section):
             if given != levels:
                 raise ValueError(f"{name} has {given} entries, block_out_channels has {levels}")
         for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(f"{channels} channels can't be cut into norm_num_groups={self.norm_num_groups}")
+            # A group of one channel has its mean removed, and with it the timestep's and the class's shift.
+            if channels % self.norm_num_groups or channels // self.norm_num_groups < 2:
+                raise ValueError(
+                    f"{channels} channels came, a multiple of norm_num_groups={self.norm_num_groups} with at least two "
+                    "channels per group was wanted"
+                )
         return self
 
 
@@ -209,7 +214,7 @@ class TrackingConfig(Section):
 class Config(Section):
     """Everything a program may ask.  Functions take their section, never the whole."""
 
-    run_dir: str = Field(description="Folder of the run; made when missing.", json_schema_extra=FREE)
+    run_dir: str = Field(min_length=1, description="Folder of the run; made when missing.", json_schema_extra=FREE)
     seed: int = Field(default=0, ge=0, lt=2**63, description="Every draw is a function of it and a position.")
     data: DataConfig
     vae: VaeConfig
@@ -258,27 +263,59 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         # Through JSON, for its strict mode: a list may be a tuple there, but "32" is not an integer.
         return Config.model_validate_json(json.dumps(values), strict=True)
+    except TypeError as error:
+        raise UsageError(f"{path}: text, numbers, lists and mappings were wanted: {error}") from None
     except ValidationError as error:
-        lines = _key_lines(path.read_text(encoding="utf-8"))
-        given = {override.split("=", 1)[0] for override in overrides}
-        raise UsageError("\n".join(_explain(e, path, lines, given) for e in error.errors())) from None
+        places = _Places(path, overrides)
+        found = error.errors()
+        # A list with a wrong item is not also too short.
+        inner = {e["loc"][:length] for e in found for length in range(len(e["loc"]))}
+        raise UsageError("\n".join(_explain(e, places) for e in found if e["loc"] not in inner)) from None
 
 
 def raw_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """The merged and interpolated values, before the schema has seen them.  Raises UsageError."""
+    merged = _read_mapping(path)
     for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise UsageError(f"command line: {override!r} came, dotted.key=value was wanted")
+        merged = _lay_over(merged, override)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except (OmegaConfBaseException, OSError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a mapping of sections was wanted, {type(values).__name__} came")
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "").replace("[", ".").replace("]", "")
+        raise UsageError(f"{_Places(path, overrides)[key]}: {key}: {str(error).splitlines()[0]}") from None
     return cast(dict[str, Any], values)
+
+
+def _read_mapping(path: Path) -> DictConfig:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if isinstance(root, yaml.MappingNode):
+            return cast(DictConfig, OmegaConf.load(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise UsageError(f"{where}: not valid YAML: {_yaml_problem(error)}") from None
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}") from None
+    came = "an empty file" if root is None else f"a {root.id}"
+    raise UsageError(f"{path}: {came} came, a mapping of sections was wanted")
+
+
+def _lay_over(values: DictConfig, override: str) -> DictConfig:
+    key, equals, value = override.partition("=")
+    if not equals or value.strip() == "???" or not all(part.isidentifier() for part in key.split(".")):
+        raise UsageError(f"command line: {override!r} came, dotted.key=value was wanted")
+    try:
+        return cast(DictConfig, OmegaConf.merge(values, OmegaConf.from_dotlist([override])))
+    except yaml.YAMLError as error:
+        raise UsageError(f"command line: {override!r}: not valid YAML: {_yaml_problem(error)}") from None
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UsageError(f"command line: {override!r}: {str(error).splitlines()[0]}") from None
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    said = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return " ".join((", ".join(part for part in said if part) or str(error)).split())
 
 
 def find_config(path: str | Path) -> Path:
@@ -286,9 +323,7 @@ def find_config(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    package = Path(__file__).resolve().parent
-    folders = (package / "configs", package.parent / "configs")  # in a wheel, in a checkout
-    shipped = {file.name: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    shipped = {file.name: file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
     if path.name in shipped and path.parent in (Path(), Path("configs")):
         return shipped[path.name]
     raise UsageError(f"{path}: no such config; shipped with the package: {', '.join(sorted(shipped)) or 'none'}")
@@ -296,7 +331,20 @@ def find_config(path: str | Path) -> Path:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; reading it gives an equal Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(config.model_dump(mode="json"))))
+
+
+def _literal(value: Any) -> Any:
+    """The value with every ${ in its texts written so that it is read as text, not as an interpolation."""
+    match value:
+        case str():
+            return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        case list():
+            return [_literal(item) for item in cast(list[Any], value)]
+        case dict():
+            return {key: _literal(inner) for key, inner in cast(dict[str, Any], value).items()}
+        case _:
+            return value
 
 
 def identity(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
@@ -325,20 +373,40 @@ def _collect(key: str, extra: object, value: Any, found: dict[str, Any]) -> None
         _collect(f"{key}.{name}", field.json_schema_extra, getattr(value, name), found)
 
 
-def _explain(error: Any, path: Path, lines: dict[str, int], overrides: set[str]) -> str:
+class _Places:
+    """Dotted key → where it was given: "command line", or the file and the line of it or of its section."""
+
+    def __init__(self, path: Path, overrides: list[str] | tuple[str, ...]) -> None:
+        self.path = path
+        self.lines = _key_lines(path.read_text(encoding="utf-8"))
+        self.overrides = {override.split("=", 1)[0] for override in overrides}
+
+    def __getitem__(self, key: str) -> str:
+        while key:
+            if key in self.overrides:
+                return "command line"
+            if key in self.lines:
+                return f"{self.path}:{self.lines[key]}"
+            key = key.rpartition(".")[0]
+        return f"{self.path}"
+
+    def overridden_within(self, key: str) -> bool:
+        """Whether an override gave something below this key."""
+        return any(override.startswith(f"{key}.") for override in self.overrides)
+
+
+def _explain(error: Any, places: _Places) -> str:
     """One line for one mistake: where, what came, what was wanted."""
     key = ".".join(str(part) for part in error["loc"])
-    where = f"{path}"
-    if key in overrides:
-        where = "command line"
-    elif key in lines:
-        where = f"{path}:{lines[key]}"
+    where = places[key]
+    if places.overridden_within(key):
+        where = f"{where} and command line" if error["type"] == "value_error" else "command line"
     match error["type"]:
         case "extra_forbidden":
             return f"{where}: {key}: unknown key; {_nearest(error['loc'])}"
         case "missing":
             return f"{where}: {key}: missing"
-        case "value_error":
+        case "value_error":  # of keys that don't go together
             return f"{where}: {f'{key}: ' if key else ''}{error['ctx']['error']}"
         case _:
             came = repr(error["input"])
@@ -346,16 +414,16 @@ def _explain(error: Any, path: Path, lines: dict[str, int], overrides: set[str])
 
 
 def _nearest(loc: tuple[str | int, ...]) -> str:
-    """Name the known key nearest to an unknown one: in its own section first, then anywhere."""
+    """Name the known key nearest to an unknown one: in its own section first, then anywhere, the outermost first."""
     section: type[BaseModel] = Config
     for part in loc[:-1]:
         section = cast(type[BaseModel], section.model_fields[str(part)].annotation)
     prefix = "".join(f"{part}." for part in loc[:-1])
     siblings = list(section.model_fields)
-    word = str(loc[-1])
-    for known, lead, cutoff in ((siblings, prefix, 0.6), (_leaves(Config), "", 0.0)):
+    leaves = sorted(_leaves(Config), key=lambda name: name.count("."))
+    for known, lead in ((siblings, prefix), (leaves, "")):
         by_last_part = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        match = difflib.get_close_matches(word, by_last_part, n=1, cutoff=cutoff)
+        match = difflib.get_close_matches(str(loc[-1]), by_last_part, n=1)
         if match:
             return f"nearest known key: {lead}{by_last_part[match[0]]}"
     return f"known here: {', '.join(siblings)}"

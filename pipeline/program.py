@@ -7,13 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import Config, find_config, load_config, raw_config
 from pipeline.engine import launched_rank, leave
 from pipeline.errors import RunError, UsageError
-from pipeline.run_folder import InUseError, State, read_status, write_status
+from pipeline.run_folder import InUseError, State, in_use, read_status, write_status
 
 DONE, FAILED, USAGE = 0, 1, 2
 Folder = Callable[[dict[str, Any]], Any]  # raw config → the folder whose status.json tells this program's outcome
@@ -24,7 +25,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line; exit with 2."""
-        say(f"{self.prog}: {message}; --help shows what is known")
+        if launched_rank() == 0:
+            say(f"{self.prog}: {message}; --help shows what is known")
         raise SystemExit(USAGE)
 
 
@@ -41,7 +43,9 @@ def config_parser(verb: str, purpose: str) -> Parser:
     """A verb's parser that takes CONFIG.yaml and overrides."""
     made = parser(verb, purpose)
     made.add_argument("config", metavar="CONFIG.yaml", help="the run's settings, or the name of a shipped file")
-    made.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="settings laid over the file's")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="settings laid over the file's"
+    )
     return made
 
 
@@ -55,9 +59,11 @@ def run_config(
     where: list[Path] = []
 
     def work() -> None:
-        if folder is not None:
+        if folder is not None and launched_rank() == 0:  # every rank finds the same wrong: one writes it down
             where.extend(_status_folder(args, folder))
         config = load_config(args.config, args.overrides)
+        if folder is not None:
+            where[:] = [Path(folder(config.model_dump()))]
         story(config, args)
 
     return _guard(work, args.debug, where)
@@ -90,7 +96,7 @@ def _status_folder(args: argparse.Namespace, folder: Folder) -> list[Path]:
     """The run's folder, found before the schema has been checked, so that a usage error can be told there."""
     try:
         found = folder(raw_config(find_config(args.config), args.overrides))
-    except (UsageError, KeyError, TypeError):
+    except (UsageError, KeyError, TypeError, AttributeError):  # the schema will tell
         return []
     return [Path(found)] if isinstance(found, str) and found else []
 
@@ -101,21 +107,22 @@ def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
     try:
         work()
     except InUseError as error:
-        return _tell(error, USAGE)
+        return _tell(error, USAGE, debug)
     except UsageError as error:
-        _record(status, "usage", str(error))
+        _record(status, "usage", str(error), error)
         return _tell(error, USAGE, debug)
     except KeyboardInterrupt:
-        if status and read_status(status[0]).get("state") == "running":
-            _record(status, "preempted", "interrupted")
         if launched_rank() == 0:
+            if status and read_status(status[0]).get("state") == "running":
+                _record(status, "preempted", "interrupted")
             say("interrupted; the same command goes on from the newest checkpoint")
         return FAILED
     except Exception as error:
-        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        _record(status, "failed", reason)
-        if status and not isinstance(error, RunError):
-            (status[0] / f"traceback-{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        named = isinstance(error, RunError)
+        _record(status, "failed", str(error) if named else f"{type(error).__name__}: {error}", error)
+        if status and not named:
+            with suppress(OSError):
+                (status[0] / f"traceback-{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         return _tell(error, FAILED, debug)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -126,8 +133,7 @@ def _tell(error: Exception, code: int, debug: bool = False) -> int:
     """Say an error once over all ranks."""
     if debug:
         traceback.print_exception(error)
-    shared = isinstance(error, UsageError) or "echo" in getattr(error, "__notes__", ())
-    if shared and launched_rank() != 0:
+    if (isinstance(error, UsageError) or _is_echo(error)) and launched_rank() != 0:
         return code
     named = isinstance(error, UsageError | RunError)
     prefix = "error" if launched_rank() == 0 else f"error: rank {launched_rank()}"
@@ -138,13 +144,19 @@ def _tell(error: Exception, code: int, debug: bool = False) -> int:
     return code
 
 
-def _record(status: list[Path], state: State, reason: str) -> None:
-    if not status:
+def _record(status: list[Path], state: State, reason: str, error: Exception | None = None) -> None:
+    """Write the status, unless that is for another to do: rank 0, or the live process that has the folder."""
+    if not status or _is_echo(error) or (launched_rank() == 0 and in_use(status[0])):
         return
     try:
         write_status(status[0], state, reason=reason)
-    except OSError as error:
-        say(f"error: {status[0] / 'status.json'} could not be written: {error}")
+    except OSError as problem:
+        say(f"error: {status[0] / 'status.json'} could not be written: {problem}")
+
+
+def _is_echo(error: Exception | None) -> bool:
+    """Whether rank 0 raised this first (Engine.main_does)."""
+    return "echo" in getattr(error, "__notes__", ())
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

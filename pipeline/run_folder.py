@@ -12,10 +12,10 @@ import yaml
 
 from pipeline import files
 from pipeline.config import Config, identity, to_yaml
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, blame
 
 State = Literal["running", "done", "preempted", "failed", "usage"]
-_locks: list[TextIO] = []  # held open until the process ends, however it ends
+_locks: dict[Path, TextIO] = {}  # held open until the process ends, however it ends
 
 
 class InUseError(UsageError):
@@ -41,20 +41,36 @@ def read_status(folder: Path) -> dict[str, Any]:
 def claim(folder: Path, config: Config, sections: tuple[str, ...]) -> None:
     """Make the folder this config's own, for this process alone, and say that it runs.
 
-    Raises InUseError where a live process has it, and UsageError where it has checkpoints of a config that differs in
-    `sections`, naming every key that does.
+    Raises InUseError where a live process has it, and UsageError where it can't be made or has checkpoints of a config
+    that differs in `sections`, naming every key that does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _lock(folder)
+    with blame(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
     mine = identity(config, sections)
-    if (folder / "config.yaml").exists() and any((folder / "checkpoints").glob("step-*")):
+    begun = any((folder / "checkpoints").glob("step-*"))
+    if begun and (folder / "config.yaml").exists():
         was = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         differing = [key for key in mine if was.get(key) != mine[key]]
         if differing:
             said = "; ".join(f"{key} was {was.get(key)!r}, now {mine[key]!r}" for key in differing)
             raise UsageError(f"{folder}: belongs to another config: {said}. Restore these or choose another folder")
     files.write_text(folder / "config.yaml", to_yaml(config))
-    write_status(folder, "running")
+    write_status(folder, "running", step=None if begun else 0)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another live process has claimed the folder."""
+    if folder.resolve() in _locks:
+        return False
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock there, or none on this file system
+        return False
+    return False
 
 
 def _lock(folder: Path) -> None:
@@ -63,15 +79,25 @@ def _lock(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise InUseError(
-            f"{folder}: in use by {file.read().strip() or 'another process'}; wait for it or end it"
-        ) from None
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InUseError(f"{folder}: in use by {holder}; wait for it or end it") from None
     except OSError:  # a file system without locks: go on without this protection
+        file.close()
         return
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    _locks.append(file)
+    _locks[folder.resolve()] = file
+
+
+def _forget_locks() -> None:
+    for file in _locks.values():
+        file.close()
+
+
+# A loader process that outlives its killed parent must not keep the run from being taken up again.
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -61,15 +61,25 @@ class Samples(Dataset[Batch]):
         try:
             _, parts = self.shards.read(shard, row)
             return self.sample(position, parts)
-        except (ValueError, KeyError, OSError, UsageError) as error:
+        except (ValueError, OSError) as error:
             raise UsageError(f"{self.shards.where(shard, row)}: {error}") from None
 
     def __getitems__(self, positions: list[int]) -> Batch | str:
         try:
             samples = [self[position] for position in positions]
+            for position, sample in zip(positions, samples, strict=True):
+                self._check_shapes(position, sample, samples[0])
         except UsageError as error:
             return str(error)
         return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+
+    def _check_shapes(self, position: int, sample: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for name, array in sample.items():
+            if array.shape != wanted[name].shape:
+                raise UsageError(
+                    f"{self.shards.where(*self._order(position))}: {name} of shape {list(array.shape)} came, "
+                    f"{list(wanted[name].shape)} as in the others of its batch was wanted"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_order"}
@@ -121,6 +131,8 @@ class LatentSamples(Samples):
 
     def sample(self, position: int, parts: dict[str, bytes]) -> dict[str, Any]:
         """See the class."""
+        if latents.PART not in parts:
+            raise ValueError(f"no {latents.PART} among its parts {', '.join(sorted(parts))}")
         moments = latents.moments_from_bytes(parts[latents.PART])
         shape = (moments.shape[0] // 2, *moments.shape[1:])
         step, slot = divmod(position, self.global_batch)

@@ -27,8 +27,13 @@ class Purpose(IntEnum):
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:
-    """The stream's generator at a place.  Word 0 of the counter is left to count within the place."""
-    return np.random.Philox(key=[seed, int(purpose)], counter=[0, finer, fine, place])
+    """The stream's generator at a place.  Word 0 of the counter is left to count within the place.
+
+    All numbers in [0, 2^64).
+    """
+    # As uint64 arrays: a list of Python integers from 2^63 on would be rounded to float64 on its way.
+    key = np.array([seed, purpose], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, finer, fine, place], dtype=np.uint64))
 
 
 def permutation(n: int, seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> NDArray[np.int64]:

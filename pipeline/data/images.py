@@ -8,26 +8,37 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 PARTS = frozenset({"jpg", "jpeg", "png", "webp"})  # WebDataset part names that hold an image
 MAX_PIXELS = 64_000_000  # a 12 KB PNG can decode to 100 megapixels
+TURNS = {  # EXIF orientation → what sets the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(data: bytes, size: int) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP to uint8 [size, size, 3], RGB.
 
-    Turned as its EXIF says, laid on white where it is transparent, short side scaled to `size` (bicubic,
-    antialiased), centre cut.  Raises ValueError for anything that is not such an image or has over 64 megapixels.
+    Turned as its EXIF says (broken EXIF says nothing), laid on white where it is transparent, short side scaled to
+    `size` (bicubic, antialiased), centre cut.  Raises ValueError for anything that is not such an image or has over
+    64 megapixels.
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}×{image.height} pixels came, at most {MAX_PIXELS:,} are read")
-                return np.asarray(_square(_rgb(ImageOps.exif_transpose(image)), size))
+                return np.asarray(_square(_rgb(_upright(image)), size))
     except (OSError, SyntaxError, Warning, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable {', '.join(FORMATS)} image: {error}") from None
 
@@ -50,7 +61,21 @@ def to_pixels(x: Any) -> NDArray[np.uint8]:
     return np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the whole EXIF anew and fails where any tag of it is broken.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow's reader raises SyntaxError, struct.error, TypeError and more
+        orientation = None
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
+        grey = np.asarray(image).clip(0, 65535)
+        on_white = np.where(grey == image.info.get("transparency", -1), 65535, grey)
+        image = Image.fromarray(np.rint(on_white / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -59,9 +84,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Cut while scaling: the whole of a long strip, scaled up, would not fit in memory.
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

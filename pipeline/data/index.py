@@ -9,6 +9,8 @@ training reads samples by offset afterwards.  `index/manifest.json` lists the sh
 from __future__ import annotations
 
 import os
+import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +26,7 @@ from pipeline.errors import UsageError
 BLOCK = 512  # bytes: tar's unit
 FORMAT = 1
 ABSENT = (-1, 0)
+META = re.compile(r"__[^/]*__(/|$)")  # members that webdataset passes over as metadata
 
 
 class BadShardError(ValueError):
@@ -85,10 +88,12 @@ def scan(path: Path) -> ShardIndex:
 def _split(path: Path, name: str, offset: int) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, dot, part = base.partition(".")  # as webdataset: the key ends at the first dot of the last name
-    if not stem or not dot or not part:
+    if not stem or not dot or not part or "\0" in name:
         raise BadShardError(path, offset, f"member {name!r} is not named KEY.PART")
     if name.startswith("/") or ".." in folder.split("/"):
         raise BadShardError(path, offset, f"member {name!r} points out of the archive")
+    if META.match(name) or part.startswith("__"):
+        raise BadShardError(path, offset, f"member {name!r} has a name that WebDataset keeps for itself")
     return folder + slash + stem, part.lower()
 
 
@@ -96,7 +101,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
     """Yield (name, data offset, size) of each regular file, up to both end-of-archive blocks."""
     total = path.stat().st_size
     position = 0
-    long_name: str | None = None
+    said: dict[bytes, bytes] = {}  # by an extended header, of the member after it
     while True:
         file.seek(position)
         header = file.read(BLOCK)
@@ -105,67 +110,86 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         if not any(header):
             if file.read(BLOCK) != bytes(BLOCK):
                 raise BadShardError(path, position, "one end-of-archive block without the second: it is cut short")
+            _check_rest(path, file)
             return
-        size = _check_header(path, header, position)
-        data, position = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
+        kind, size = header[156:157], _check_header(path, header, position)
+        if kind not in b"xgL" and b"size" in said:
+            size = int(said[b"size"])
+        start, data, position = position, position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
         if position > total:
             raise BadShardError(path, data, f"a member of {size} bytes reaches past the end of the file")
-        match header[156:157]:
+        match kind:
             case b"0" | b"\0":
-                name, long_name = long_name or _name(path, header, data - BLOCK), None
+                name, said = _name(path, header, start, said), {}
                 yield name, data, size
-            case b"x" | b"L":
+            case b"x" | b"g" | b"L":
                 file.seek(data)
-                long_name = _long_name(path, header[156:157], file.read(size), data) or long_name
-            case b"g" | b"5":  # global remarks; folders
-                continue
-            case kind:
-                raise BadShardError(path, data - BLOCK, f"member of type {kind!r}: only regular files are read")
+                new = _extended(path, kind, file.read(size), data)
+                if kind == b"g" and new:
+                    raise BadShardError(path, data, "a global header gives all members one path or size")
+                said |= new
+            case b"5":  # a folder
+                said = {}
+            case _:
+                raise BadShardError(path, start, f"member of type {kind!r}: only regular files are read")
+
+
+def _check_rest(path: Path, file: BinaryIO) -> None:
+    """After the end only padding may come: a hole of zeros among the members looks like an end, too."""
+    while rest := file.read(1 << 20):
+        if any(rest):
+            at = file.tell() - len(rest.lstrip(b"\0"))
+            raise BadShardError(path, at, "more bytes after the end-of-archive blocks: a hole, or a second archive")
 
 
 def _check_header(path: Path, header: bytes, offset: int) -> int:
     """The member's size, after the checksum has been found right (POSIX ustar, strictly)."""
-    stored = header[148:156]
-    digits = stored[:6]
-    if stored[6:] not in (b"\0 ", b" \0", b"\0\0") or not digits.isdigit():
+    stored = _octal(header[148:156])
+    if stored is None:
         raise BadShardError(path, offset, "not a tar header (its checksum field is malformed)")
-    if int(digits, 8) != sum(header) - sum(stored) + 8 * ord(" "):
+    if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         raise BadShardError(path, offset, "the header's checksum is wrong")
     field = header[124:136]
-    if field[0] & 0x80:  # base-256, for members of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        raise BadShardError(path, offset, f"the header's size field is not octal: {field!r}") from None
+    size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)  # base-256: 8 GiB and more
+    if size is None:
+        raise BadShardError(path, offset, f"the header's size field is not octal: {field!r}")
+    return size
 
 
-def _name(path: Path, header: bytes, offset: int) -> str:
-    name, prefix = header[:100].split(b"\0")[0], b""
-    if header[257:263] == b"ustar\0":
-        prefix = header[345:500].split(b"\0")[0]
+def _octal(field: bytes) -> int | None:
+    """The number in a header's field: octal digits, with blanks before and blanks or NULs after them."""
+    digits = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
+    return int(digits[1] or b"0", 8) if digits else None
+
+
+def _name(path: Path, header: bytes, offset: int, said: dict[bytes, bytes]) -> str:
+    name = header[:100].split(b"\0")[0]
+    if b"path" in said:
+        name = said[b"path"]
+    elif header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0")[0]):
+        name = prefix + b"/" + name
     try:
-        return (prefix + b"/" + name if prefix else name).decode()
+        return name.decode()
     except UnicodeDecodeError:
         raise BadShardError(path, offset, f"the member's name is not UTF-8: {name!r}") from None
 
 
-def _long_name(path: Path, kind: bytes, record: bytes, offset: int) -> str | None:
-    """The name in a GNU long-name member, or the path in a pax header."""
-    try:
-        if kind == b"L":
-            return record.split(b"\0")[0].decode()
-        while record:
-            length = int(record.split(b" ", 1)[0])
-            key, _, value = record[: length - 1].split(b" ", 1)[1].partition(b"=")
-            if key == b"path":
-                return value.decode()
-            if length <= 0:
-                raise ValueError
-            record = record[length:]
-    except (ValueError, IndexError):
-        raise BadShardError(path, offset, "a malformed extended header") from None
-    return None
+def _extended(path: Path, kind: bytes, record: bytes, offset: int) -> dict[bytes, bytes]:
+    """The path and size that a GNU long-name member (L) or a pax header (x, g) gives the next member."""
+    if kind == b"L":
+        return {b"path": record.split(b"\0")[0]}
+    said: dict[bytes, bytes] = {}
+    while record:  # lines "LENGTH KEY=VALUE\n", LENGTH counting the whole line (POSIX pax)
+        begin = re.match(rb"(\d{1,18}) ([^=]+)=", record)
+        length = int(begin[1]) if begin else 0
+        if not begin or not begin.end() < length <= len(record) or record[length - 1 : length] != b"\n":
+            raise BadShardError(path, offset, "a malformed extended header")
+        key, value, record = begin[2], record[begin.end() : length - 1], record[length:]
+        if key.startswith(b"GNU.sparse.") or (key == b"size" and not re.fullmatch(rb"\d{1,18}", value)):
+            raise BadShardError(path, offset, f"an extended header with {key!r}: only regular files are read")
+        if key in (b"path", b"size"):
+            said[key] = value
+    return said
 
 
 def build_index(folder: Path, required: tuple[frozenset[str], ...] = (), source: dict[str, Any] | None = None) -> None:
@@ -176,14 +200,16 @@ def build_index(folder: Path, required: tuple[frozenset[str], ...] = (), source:
     """
     shards = list_shards(folder)
     wrong: list[str] = []
-    entries: list[dict[str, Any]] = []
     for path in shards:
         try:
-            index = scan(path)
-            check_parts(path, index, required)
+            check_parts(path, scan(path), required)
         except BadShardError as error:
             wrong.append(str(error))
-            continue
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    entries: list[dict[str, Any]] = []
+    for path in shards:  # scanned again: the offsets of all shards may not fit in memory
+        index = scan(path)
         index.save(_sidecar(folder, path.name))
         entries.append(
             {
@@ -194,8 +220,6 @@ def build_index(folder: Path, required: tuple[frozenset[str], ...] = (), source:
                 "sha256": files.sha256(path),
             }
         )
-    if wrong:
-        raise UsageError("\n".join(wrong))
     manifest = {"format": FORMAT, "fingerprint": files.fingerprint(entries), "shards": entries, "source": source}
     files.write_json(folder / "index" / "manifest.json", manifest)
 
@@ -231,7 +255,7 @@ class ShardSet:
     def __init__(self, folder: Path, open_shards: int) -> None:
         """Raises UsageError where the folder, its index or a shard is missing, or a shard changed since."""
         self.folder = folder
-        list_shards(folder)
+        found = {path.name for path in list_shards(folder)}
         try:
             manifest = files.read_json(folder / "index" / "manifest.json")
         except (OSError, ValueError):
@@ -252,11 +276,26 @@ class ShardSet:
                     f"{path}: {'missing' if size is None else f'{size} bytes'} came, {entry['bytes']} bytes were "
                     f"indexed; restore it, or run: python -m pipeline index {folder}"
                 )
-        self._index = lru_cache(maxsize=open_shards)(lambda shard: ShardIndex.load(_sidecar(folder, self.names[shard])))
+        if new := sorted(found - set(self.names)):
+            raise UsageError(f"{folder / new[0]}: not indexed; move it away, or run: python -m pipeline index {folder}")
+        self._index = lru_cache(maxsize=open_shards)(self._load_index)
         self._file = lru_cache(maxsize=open_shards)(lambda shard: (folder / self.names[shard]).open("rb", buffering=0))
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        path = _sidecar(self.folder, self.names[shard])
+        try:
+            index = ShardIndex.load(path)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{path}: unreadable ({error}); run: python -m pipeline index {self.folder}") from None
+        if len(index.keys) != self.counts[shard]:
+            raise UsageError(
+                f"{path}: {len(index.keys)} samples came, the manifest says {self.counts[shard]}; "
+                f"run: python -m pipeline index {self.folder}"
+            )
+        return index
 
     def read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
         """Key and parts of a sample.  A short read raises OSError with the shard's name."""

@@ -30,9 +30,11 @@ def moments_to_bytes(moments: NDArray[Any]) -> bytes:
 
 def moments_from_bytes(data: bytes) -> NDArray[np.float32]:
     """The bytes of an fp16 .npy → float32 [2C,h,w].  Raises ValueError; runs no pickle."""
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)  # np.load would open a zip, too
     if array.dtype != np.float16 or array.ndim != 3 or array.shape[0] % 2:
         raise ValueError(f"fp16 [2C,h,w] was wanted, {array.dtype} {list(array.shape)} came")
+    if not np.isfinite(array).all():
+        raise ValueError("the moments are not finite")
     return array.astype(np.float32)
 
 

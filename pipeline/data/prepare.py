@@ -48,12 +48,12 @@ def prepare_digits(out: Path, *, size: int, seed: int, validation_share: float) 
     """
     made_by = {"prepare": "digits", "size": size, "seed": seed, "validation_share": validation_share}
     sets = (out / "train", out / "validation")
-    if all(_already_made(folder, made_by) for folder in sets):
+    if _already_made(sets, made_by):
         return
     digits: Any = load_digits()
     labels: NDArray[np.int64] = digits.target
     rows = np.arange(len(labels))
-    split = train_test_split(rows, test_size=validation_share, random_state=seed, stratify=labels)
+    split = _split(rows, seed, validation_share, classes=labels)
     for folder, chosen, num_shards in zip(sets, split, (7, 3), strict=True):
         pictures = (
             Picture(
@@ -84,16 +84,34 @@ def prepare_folder(source: Path, out: Path, *, size: int, seed: int, validation_
             f"{source}: {len(classes)} folders with {len(found)} images came; a folder per class was wanted"
         )
     names = [path.name for path in classes]
-    made_by = {"prepare": "folder", "size": size, "seed": seed, "validation_share": validation_share, "classes": names}
+    made_by = {
+        "prepare": "folder",
+        "size": size,
+        "seed": seed,
+        "validation_share": validation_share,
+        "classes": names,
+        "files": files.fingerprint([[path.relative_to(source).as_posix(), path.stat().st_size] for path, _ in found]),
+    }
     sets = (out / "train", out / "validation")
-    if all(_already_made(folder, made_by) for folder in sets):
+    if _already_made(sets, made_by):
         return
     rows = np.arange(len(found))
-    split = train_test_split(rows, test_size=validation_share, random_state=seed)
+    split = _split(rows, seed, validation_share)
     for folder, chosen in zip(sets, split, strict=True):
         pictures = (_read_picture(*found[int(row)], names, size) for row in chosen)
         whole_shards, rest = divmod(len(chosen), 1000)
         write_set(folder, pictures, [1000] * whole_shards + ([rest] if rest else []), made_by)
+
+
+def _split(
+    rows: NDArray[np.int64], seed: int, validation_share: float, classes: NDArray[np.int64] | None = None
+) -> list[NDArray[np.int64]]:
+    """Rows to train on and rows held out, with the share of every class where classes are given."""
+    try:
+        split: Any = train_test_split(rows, test_size=validation_share, random_state=seed, stratify=classes)
+    except ValueError as error:
+        raise UsageError(f"{len(rows)} images, {validation_share} of them for validation: {error}") from None
+    return split
 
 
 def _read_picture(path: Path, label: int, names: list[str], size: int) -> Picture:
@@ -117,14 +135,20 @@ def uneven_sizes(total: int, num_shards: int) -> list[int]:
 
 
 def write_set(folder: Path, pictures: Iterable[Picture], sizes: list[int], made_by: dict[str, Any]) -> None:
-    """Write shards of the given sizes, their index, and `dataset.json` last, which says that the set is complete."""
+    """Write shards of the given sizes, their index, and `dataset.json` last, which says that the set is complete.
+
+    Raises UsageError where the folder holds other tars.
+    """
+    names = [f"{shard:06d}.tar" for shard in range(len(sizes))]
+    if stray := sorted({path.name for path in folder.glob("*.tar")} - set(names)):
+        raise UsageError(f"{folder}: holds {stray[0]}, which does not belong to this set; choose another folder")
     counts: Counter[int] = Counter()
     bar = tqdm(total=sum(sizes), desc=f"prepare {folder}", unit=" images", dynamic_ncols=True)
     pictures = iter(pictures)
     key = 0
-    for shard, size in enumerate(sizes):
+    for name, size in zip(names, sizes, strict=True):
         with (
-            files.whole(folder / f"{shard:06d}.tar") as aside,
+            files.whole(folder / name) as aside,
             aside.open("wb") as file,
             TarWriter(file, mtime=0, encoder=False) as writer,
         ):
@@ -154,11 +178,11 @@ def write_set(folder: Path, pictures: Iterable[Picture], sizes: list[int], made_
     )
 
 
-def _already_made(folder: Path, made_by: dict[str, Any]) -> bool:
-    """Whether this very set lies there.  Raises UsageError where another one does."""
-    if not (folder / "dataset.json").exists():
-        return False
-    was = files.read_json(folder / "dataset.json").get("made_by")
-    if was != made_by:
-        raise UsageError(f"{folder}: holds a set made by {was}, {made_by} was asked for; choose another folder")
-    return True
+def _already_made(sets: tuple[Path, ...], made_by: dict[str, Any]) -> bool:
+    """Whether these very sets lie there.  Raises UsageError where another one does."""
+    made = [folder for folder in sets if (folder / "dataset.json").exists()]
+    for folder in made:
+        was = files.read_json(folder / "dataset.json").get("made_by")
+        if was != made_by:
+            raise UsageError(f"{folder}: holds a set made by {was}, {made_by} was asked for; choose another folder")
+    return len(made) == len(sets)

@@ -22,7 +22,7 @@ def frechet_by_scipy(real, fake):
 
 
 def mmd_by_loops(x, y):
-    """Bińkowski et al. 2018, eq. 4: the unbiased estimate, a kernel value at a time."""
+    """The unbiased estimate (Bińkowski et al. 2018, section 2), a kernel value at a time."""
 
     def kernel(a, b):
         return (np.dot(a, b) / len(a) + 1) ** 3
@@ -151,6 +151,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.timeout(120)
 def test_one_rank_of_several_can_score_alone(tmp_path):
     command = [sys.executable, "-c", ONE_RANK_SCORES]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -165,7 +166,7 @@ def test_one_rank_of_several_can_score_alone(tmp_path):
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.communicate()
     frechet, kernel = map(float, output.split())
     x = np.random.default_rng(0).standard_normal((20, 4))
     assert frechet == pytest.approx(frechet_distance(x, x + 1))

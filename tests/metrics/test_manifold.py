@@ -85,7 +85,7 @@ def test_sets_far_apart_share_nothing():
 def test_one_source_has_density_one():
     both = manifold(features(1000), features(1000, seed=1))
     assert both.density == pytest.approx(1.0, abs=0.05)
-    assert both.coverage == pytest.approx(1 - 2**-5, abs=0.02)  # Naeem et al. 2020, eq. 9: about 1 - 2^-k, N = M
+    assert both.coverage == pytest.approx(1 - 2**-5, abs=0.02)  # Naeem et al. 2020: 1 - 2^-k for N = M
 
 
 def test_a_missing_mode_lowers_recall_and_coverage_only():

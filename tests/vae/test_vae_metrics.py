@@ -41,4 +41,4 @@ def test_reconstruction_has_no_chance_and_no_gradient() -> None:
     first, second = reconstruct(vae, x), reconstruct(vae, x)
     assert torch.equal(first, second) and first.shape == x.shape and not first.requires_grad
     mean = vae.encode(x).latent_dist.mode()  # pyright: ignore[reportAttributeAccessIssue]
-    assert torch.equal(first, vae.decode(mean).sample)
+    assert torch.equal(first, vae.decode(mean, return_dict=False)[0])
