@@ -414,19 +414,19 @@ def _explain(error: Any, places: _Places) -> str:
 
 
 def _nearest(loc: tuple[str | int, ...]) -> str:
-    """Name the known key nearest to an unknown one: in its own section first, then anywhere, the outermost first."""
+    """Name the known key most like an unknown one; those of its own section, then the outermost, come first."""
     section: type[BaseModel] = Config
     for part in loc[:-1]:
         section = cast(type[BaseModel], section.model_fields[str(part)].annotation)
-    prefix = "".join(f"{part}." for part in loc[:-1])
-    siblings = list(section.model_fields)
+    siblings = [".".join(map(str, (*loc[:-1], name))) for name in section.model_fields]
     leaves = sorted(_leaves(Config), key=lambda name: name.count("."))
-    for known, lead in ((siblings, prefix), (leaves, "")):
-        by_last_part = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        match = difflib.get_close_matches(str(loc[-1]), by_last_part, n=1)
-        if match:
-            return f"nearest known key: {lead}{by_last_part[match[0]]}"
-    return f"known here: {', '.join(siblings)}"
+
+    def likeness(known: str) -> float:
+        ratio = difflib.SequenceMatcher(None, known.rpartition(".")[2], str(loc[-1])).ratio()
+        return ratio + 0.2 * (known in siblings)
+
+    best = max((*siblings, *leaves), key=likeness)
+    return f"nearest known key: {best}" if likeness(best) >= 0.6 else f"known here: {', '.join(section.model_fields)}"
 
 
 def _leaves(section: type[BaseModel], prefix: str = "") -> list[str]:

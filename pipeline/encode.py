@@ -97,20 +97,18 @@ def _beginning(out: Path, origin: Origin) -> Any:
 def encode_set(engine: Engine, vae: AutoencoderKL, shards: ShardSet, out: Path, data: DataConfig) -> None:
     """Write this rank's shards that are not there yet."""
     mine = range(engine.rank, len(shards.names), engine.num_ranks)
-    bar = tqdm(
+    with tqdm(
         total=sum(shards.counts[i] for i in mine),
         desc=f"encode {shards.folder}",
         unit=" images",
         dynamic_ncols=True,
         disable=not engine.is_main,
-    )
-    for i in mine:
-        name = shards.names[i]
-        if not ((out / name).exists() and _record(out, name).exists()):
-            encode_shard(engine, vae, shards.folder / name, out, data=data, bar=bar)
-        else:
-            bar.update(shards.counts[i])
-    bar.close()
+    ) as bar:
+        for name, count in ((shards.names[i], shards.counts[i]) for i in mine):
+            if (out / name).exists() and _record(out, name).exists():
+                bar.update(count)
+            else:
+                encode_shard(engine, vae, shards.folder / name, out, data=data, bar=bar)
 
 
 def encode_shard(
@@ -119,7 +117,8 @@ def encode_shard(
     """One image tar → one latent tar of the same name, and beside it what was measured in it."""
     statistics = MomentStatistics(int(vae.config["latent_channels"]))
     labels: Counter[int] = Counter()
-    reader = WebDataset(str(shard), shardshuffle=False, empty_check=False)
+    # The shards are shared out already: webdataset would refuse to read one on several ranks.
+    reader = WebDataset(str(shard), shardshuffle=False, nodesplitter=lambda urls: urls, empty_check=False)
     batches: Any = reader.batched(data.encode_batch_images, collation_fn=None, partial=True)
     with files.whole(out / shard.name) as aside:
         with aside.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -70,10 +70,9 @@ class Engine:
         self,
         model: Module,
         optimizer: Any,
-        micro_batches: Iterable[dict[str, Tensor]],
+        micro_batches: Sequence[dict[str, Tensor]],
         loss_of: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
         *,
-        num_micro_batches: int,
         clip_norm: float,
     ) -> StepResult:
         """One optimizer step over all ranks.  `loss_of` gives a micro-batch's mean loss and its parts.
@@ -83,12 +82,12 @@ class Engine:
         """
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(micro_batches):
-            last = i == num_micro_batches - 1
+            last = i == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 loss, parts = loss_of(self.to_device(batch))
-                self.accelerator.backward(loss / num_micro_batches)
+                self.accelerator.backward(loss / len(micro_batches))
             for name, value in {"loss": loss, **parts}.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() / num_micro_batches
+                sums[name] = sums.get(name, 0) + value.detach().float() / len(micro_batches)
         norm = self.accelerator.clip_grad_norm_(model.parameters(), clip_norm)
         grad_norm = float(norm) if norm is not None else float("nan")
         means = self.mean(torch.stack(list(sums.values())))

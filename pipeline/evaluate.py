@@ -99,29 +99,28 @@ def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, gui
     folder = run / "evaluation" / f"{passport['checkpoint']}-guidance-{guidance_scale:g}-{key}"
     starts = range(0, len(labels), settings.batch_images)
     paths = [folder / f"{start:07d}-{min(start + settings.batch_images, len(labels)):07d}.npy" for start in starts]
-    bar = tqdm(
+    with tqdm(
         total=len(labels),
         desc=f"sample at guidance {guidance_scale:g}",
         unit=" images",
         dynamic_ncols=True,
         disable=not engine.is_main,
-    )
-    for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        indices = range(start, min(start + settings.batch_images, len(labels)))
-        if number % engine.num_ranks == engine.rank and not path.exists():
-            pixels = sampler.draw(
-                pipe,
-                labels[start : indices.stop].tolist(),
-                indices,
-                seed=config.seed,
-                guidance_scale=guidance_scale,
-                num_inference_steps=settings.num_inference_steps,
-                batch_images=settings.batch_images,
-            )
-            with files.whole(path) as aside, aside.open("wb") as file:
-                np.save(file, pixels, allow_pickle=False)
-        bar.update(len(indices))
-    bar.close()
+    ) as bar:
+        for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
+            indices = range(start, min(start + settings.batch_images, len(labels)))
+            if number % engine.num_ranks == engine.rank and not path.exists():
+                pixels = sampler.draw(
+                    pipe,
+                    labels[start : indices.stop].tolist(),
+                    indices,
+                    seed=config.seed,
+                    guidance_scale=guidance_scale,
+                    num_inference_steps=settings.num_inference_steps,
+                    batch_images=settings.batch_images,
+                )
+                with files.whole(path) as aside, aside.open("wb") as file:
+                    np.save(file, pixels, allow_pickle=False)
+            bar.update(len(indices))
     return paths
 
 

@@ -12,14 +12,15 @@ from typing import Any, cast
 
 
 @contextmanager
-def whole(path: Path) -> Generator[Path]:
+def whole(path: Path, writer: int = 0) -> Generator[Path]:
     """Give a path to write to; when the block ends well, that file is flushed and takes the name `path`.
 
     A reader sees the old content or the new, never a part of one.  When the block fails, nothing is left.
-    The name aside is fixed, so that what a killed process left is overwritten by the next try.
+    The name aside is fixed, so that what a killed process left is overwritten by the next try; `writer` tells apart
+    processes that may write the same file at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{writer}.part")
     try:
         yield aside
         flush(aside)
@@ -46,15 +47,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, writer: int = 0) -> None:
     """Write a whole text file (UTF-8)."""
-    with whole(path) as aside:
+    with whole(path, writer) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, writer: int = 0) -> None:
     """Write a whole JSON file; not-a-number is refused, as JSON has none."""
-    write_text(path, json_text(value))
+    write_text(path, json_text(value), writer)
 
 
 def json_text(value: Any) -> str:

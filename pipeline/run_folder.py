@@ -12,6 +12,7 @@ import yaml
 
 from pipeline import files
 from pipeline.config import Config, identity, to_yaml
+from pipeline.engine import launched_rank
 from pipeline.errors import UsageError, blame
 
 State = Literal["running", "done", "preempted", "failed", "usage"]
@@ -27,7 +28,10 @@ def write_status(folder: Path, state: State, *, step: int | None = None, reason:
     path = folder / "status.json"
     if step is None:
         step = read_status(folder).get("step", 0)
-    files.write_json(path, {"state": state, "step": step, "reason": reason})
+    if state == "done":
+        for old in folder.glob("traceback-*.txt"):  # of a try that failed before
+            old.unlink()
+    files.write_json(path, {"state": state, "step": step, "reason": reason}, writer=launched_rank())
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -50,18 +50,17 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(f"--classes: {error}") from None
     labels = [label for label in ids for _ in range(args.columns)]
-    bar = tqdm(total=len(labels), desc="sample", unit=" images", dynamic_ncols=True)
-    pixels = sampler.draw(
-        pipe,
-        labels,
-        range(len(labels)),
-        seed=config.seed if args.seed is None else args.seed,
-        guidance_scale=config.evaluation.guidance_scales[-1] if args.guidance is None else args.guidance,
-        num_inference_steps=config.evaluation.num_inference_steps,
-        batch_images=config.evaluation.batch_images,
-        bar=bar,
-    )
-    bar.close()
+    with tqdm(total=len(labels), desc="sample", unit=" images", dynamic_ncols=True) as bar:
+        pixels = sampler.draw(
+            pipe,
+            labels,
+            range(len(labels)),
+            seed=config.seed if args.seed is None else args.seed,
+            guidance_scale=config.evaluation.guidance_scales[-1] if args.guidance is None else args.guidance,
+            num_inference_steps=config.evaluation.num_inference_steps,
+            batch_images=config.evaluation.batch_images,
+            bar=bar,
+        )
     rows = [(names[c], list(pixels[i * args.columns : (i + 1) * args.columns])) for i, c in enumerate(ids)]
     out: Path = args.out or Path(config.run_dir) / "samples" / "grid.png"
     with files.whole(out) as aside:

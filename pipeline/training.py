@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pipeline.config import CheckpointConfig, DataConfig, TrackingConfig
 from pipeline.data.dataset import Samples, load_batches
 from pipeline.data.order import DataState, check_ranks, rank_batches
 from pipeline.ema import Ema
-from pipeline.engine import Engine
+from pipeline.engine import Engine, StepResult
 from pipeline.errors import RunError, UsageError
 from pipeline.optim import load_moments, moments, set_learning_rate
 from pipeline.run_folder import write_status
@@ -130,55 +131,54 @@ class Training:
             workers=data.workers,
             pin_memory=engine.device.type == "cuda",
         )
-        tracker = Tracker(self.run, after_step=self.start, tensorboard=tracking.tensorboard, is_main=engine.is_main)
         images = course.global_batch_images
-        bar = tqdm(
-            total=course.steps * images,
-            initial=self.start * images,
-            desc=f"train {self.name}",
-            unit=" images",
-            dynamic_ncols=True,
-            disable=not engine.is_main,
-        )
-        since, step_since = time.monotonic(), self.start
-        for step in range(self.start, course.steps):
-            set_learning_rate(self.optimizer, learning_rate := course.learning_rate(step))
-            try:
-                result = engine.step(
-                    self.model,
-                    self.optimizer,
-                    (next(batches) for _ in range(num_micro)),
-                    lambda batch: loss_of(self.model, batch),
-                    num_micro_batches=num_micro,
-                    clip_norm=course.clip_norm,
-                )
-            except RunError as error:
-                end = self.data.position + images - 1
-                raise RunError(f"step {step + 1}, positions {self.data.position} to {end}: {error}") from error
-            self.ema.update(self.core, step)
-            self.data = replace(self.data, position=self.data.position + images)
-            done = step + 1
-            bar.update(images)
-            bar.set_postfix(step=done, loss=f"{result.loss:.4f}", refresh=False)
-            if done % tracking.every_steps == 0 or done == course.steps:
-                now = time.monotonic()
-                tracker.write(
-                    {
-                        "step": done,
-                        "position": self.data.position,
-                        "loss": result.loss,
-                        **result.parts,
-                        "learning_rate": learning_rate,
-                        "grad_norm": result.grad_norm,
-                        "images_per_s": (done - step_since) * images / (now - since),
-                    }
-                )
-                since, step_since = now, done
-            yield done
-            if done % saving.every_steps == 0 or done == course.steps:
-                self._save(done, saving)
-        bar.close()
-        tracker.close()
+        with (
+            closing(
+                Tracker(self.run, after_step=self.start, tensorboard=tracking.tensorboard, is_main=engine.is_main)
+            ) as tracker,
+            tqdm(
+                total=course.steps * images,
+                initial=self.start * images,
+                desc=f"train {self.name}",
+                unit=" images",
+                dynamic_ncols=True,
+                disable=not engine.is_main,
+            ) as bar,
+        ):
+            since, step_since = time.monotonic(), self.start
+            for step in range(self.start, course.steps):
+                set_learning_rate(self.optimizer, learning_rate := course.learning_rate(step))
+                result = self._step([next(batches) for _ in range(num_micro)], loss_of)
+                self.ema.update(self.core, step)
+                self.data = replace(self.data, position=self.data.position + images)
+                done = step + 1
+                bar.update(images)
+                bar.set_postfix(step=done, loss=f"{result.loss:.4f}", refresh=False)
+                if done % tracking.every_steps == 0 or done == course.steps:
+                    now = time.monotonic()
+                    row = {"step": done, "position": self.data.position, "loss": result.loss, **result.parts}
+                    row |= {"learning_rate": learning_rate, "grad_norm": result.grad_norm}
+                    tracker.write(row | {"images_per_s": (done - step_since) * images / (now - since)})
+                    since, step_since = now, done
+                yield done
+                if done % saving.every_steps == 0 or done == course.steps:
+                    self._save(done, saving)
+
+    def _step(self, micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> StepResult:
+        """One optimizer step; an error tells its place."""
+        try:
+            return self.engine.step(
+                self.model,
+                self.optimizer,
+                micro_batches,
+                lambda batch: loss_of(self.model, batch),
+                clip_norm=self.course.clip_norm,
+            )
+        except RunError as error:
+            first, last = self.data.position, self.data.position + self.course.global_batch_images - 1
+            raise RunError(
+                f"step {first // self.course.global_batch_images + 1}, positions {first} to {last}: {error}"
+            ) from error
 
     def _save(self, step: int, saving: CheckpointConfig) -> None:
         def write() -> None:

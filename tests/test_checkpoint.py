@@ -207,5 +207,3 @@ def test_shared_storage_is_written_whole(tmp_path: Path) -> None:
     )
     read = checkpoint.verify(path).moments("unet")["exp_avg"]
     assert all(torch.equal(read[name], views[name]) for name in views)
-
-

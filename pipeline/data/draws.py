@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     CONDITION_DROPOUT = 6
     SAMPLE = 7
     INITIAL_WEIGHTS = 8
+    LINE_START = 9
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:

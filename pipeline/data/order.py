@@ -1,9 +1,9 @@
 """Position → (shard, sample): the order of the data as a pure function of the seed.
 
-The shards of an epoch are permuted and laid end to end; the line is cut into C equal lanes; each lane is shuffled
-in blocks.  Position p of an epoch reads lane p mod C at offset p // C.  A rank of W reads the positions p with
-p mod W = rank, so where W divides C it owns whole lanes, opens few shards, and the global batch is the same for
-every W.  The N mod C samples at the line's end stay unread in that epoch; the permutation gives others the next time.
+The shards of an epoch are permuted and laid in a ring; from a drawn start it is cut into C equal lanes; each lane is
+shuffled in blocks.  Position p of an epoch reads lane p mod C at offset p // C.  A rank of W reads the positions p
+with p mod W = rank, so where W divides C it owns whole lanes, opens few shards, and the global batch is the same for
+every W.  The N mod C samples before the start stay unread in that epoch; another start leaves others the next time.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.draws import Purpose, permutation
+from pipeline.data.draws import Purpose, permutation, uniform
 from pipeline.errors import UsageError
 
-ALGORITHM = 1  # part of a run's identity: raise it when any position would read another sample
+ALGORITHM = 2  # part of a run's identity: raise it when any position would read another sample
 
 
 class Order:
     """The sample at every position, for shards with the given counts.
 
-    Memory: 8 bytes a shard for two epochs, and 8 bytes for each sample of one block per lane.
+    Memory: 16 bytes a shard for each of two epochs, and 8 bytes for each sample of one block per lane.
     """
 
     def __init__(self, samples_per_shard: list[int], seed: int, lanes: int, block: int) -> None:
         """`samples_per_shard`: samples of each shard, empty ones allowed.  Raises UsageError if lanes > samples."""
         self.counts = np.asarray(samples_per_shard, dtype=np.int64)
         self.seed, self.lanes, self.block = seed, lanes, block
-        self.lane_length = int(self.counts.sum()) // lanes
+        self.num_samples = int(self.counts.sum())
+        self.lane_length = self.num_samples // lanes
         if self.lane_length == 0:
             raise UsageError(
-                f"data.lanes: {lanes} lanes came, but the set has only {int(self.counts.sum())} samples; "
+                f"data.lanes: {lanes} lanes came, but the set has only {self.num_samples} samples; "
                 "give at most as many lanes as samples"
             )
         self.epoch_length = self.lane_length * lanes
@@ -48,15 +49,16 @@ class Order:
         lane, offset = within % self.lanes, within // self.lanes
         block, place = divmod(offset, self.block)
         offset = block * self.block + int(self._shuffled(epoch, lane, block)[place])
-        shards, ends = self._plan(epoch)
-        line = lane * self.lane_length + offset
+        shards, ends, start = self._plan(epoch)
+        line = (start + lane * self.lane_length + offset) % self.num_samples
         slot = int(np.searchsorted(ends, line, side="right"))  # skips empty shards
         shard = int(shards[slot])
         return shard, int(line - (ends[slot] - self.counts[shard]))
 
-    def _make_plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _make_plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
         shards = permutation(len(self.counts), self.seed, Purpose.SHARD_ORDER, epoch)
-        return shards, np.cumsum(self.counts[shards])
+        start = int(uniform(self.seed, Purpose.LINE_START, epoch) * self.num_samples)
+        return shards, np.cumsum(self.counts[shards]), start
 
     def _shuffle(self, epoch: int, lane: int, block: int) -> NDArray[np.int64]:
         length = min(self.block, self.lane_length - block * self.block)

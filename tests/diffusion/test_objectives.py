@@ -148,9 +148,7 @@ def test_a_network_that_hits_its_target_means_z_0(prediction_type: PredictionTyp
     z_t = q_sample(z_0, t, eps, SCHEDULE)
     wanted = target(prediction_type, z_0, eps, t, SCHEDULE)
     assert wanted.dtype == torch.float64
-    torch.testing.assert_close(
-        predict_z_0(wanted, z_t, t, SCHEDULE, prediction_type), z_0, rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(predict_z_0(wanted, z_t, t, SCHEDULE, prediction_type), z_0, rtol=0, atol=1e-10)
     assert target(prediction_type, z_0.bfloat16(), eps.float(), t, SCHEDULE).dtype == torch.float32
 
 
@@ -166,9 +164,7 @@ def test_targets_are_the_named_tensors() -> None:
 
 @prediction_types
 @pytest.mark.parametrize("t", [0, 100, 400, 999])
-def test_the_optimal_denoiser_of_a_gaussian_minimises_the_loss(
-    prediction_type: PredictionType, t: int
-) -> None:
+def test_the_optimal_denoiser_of_a_gaussian_minimises_the_loss(prediction_type: PredictionType, t: int) -> None:
     # For z_0 ~ N(m, s²): E[z_0 | z_t] = m + √ᾱ s² (z_t - √ᾱ m) / (ᾱ s² + 1-ᾱ), and E[ε | z_t] and E[v |
     # z_t] follow from it linearly. At the minimum of a squared loss the residual is uncorrelated with every
     # function of z_t: here with 1 and z_t, which span all affine denoisers.

@@ -51,9 +51,7 @@ def constant(value: float, batch: int) -> Tensor:
 def test_moments_of_q_sample(name: ScheduleName, t: int) -> None:
     schedule = SCHEDULES[name]
     num_draws, z_0 = 20_000, 1.7
-    z_t = q_sample(
-        constant(z_0, num_draws), torch.full((num_draws,), t), draws(num_draws, 1, 1, 1, seed=t), schedule
-    )
+    z_t = q_sample(constant(z_0, num_draws), torch.full((num_draws,), t), draws(num_draws, 1, 1, 1, seed=t), schedule)
     abar = schedule.alphas_cumprod[t].item()
     # The standard errors of a Gaussian's sample mean and sample variance.
     assert abs(z_t.mean().item() - math.sqrt(abar) * z_0) < 4 * math.sqrt((1 - abar) / num_draws)
@@ -90,9 +88,7 @@ def test_narrow_latents_get_their_noise_at_the_first_timestep(name: ScheduleName
 
 def test_result_is_float32_unless_an_input_is_float64() -> None:
     schedule, t = SCHEDULES["linear"], torch.tensor([3, 900])
-    wide, single, half = (
-        draws(2, 3, 4, 4, seed=1, dtype=d) for d in (torch.float64, torch.float32, torch.bfloat16)
-    )
+    wide, single, half = (draws(2, 3, 4, 4, seed=1, dtype=d) for d in (torch.float64, torch.float32, torch.bfloat16))
     functions: list[Binary] = [eps_from_v, eps_from_z_0, z_0_from_eps, z_0_from_v]
     for function in functions:
         assert function(half, half, t, schedule).dtype == torch.float32

@@ -134,9 +134,7 @@ def test_snr_is_signal_over_noise(name: ScheduleName) -> None:
     ends=st.tuples(st.floats(1e-12, 0.999), st.floats(1e-12, 0.999)),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_schedule_falls_from_below_one(
-    name: ScheduleName, num_timesteps: int, ends: tuple[float, float]
-) -> None:
+def test_every_schedule_falls_from_below_one(name: ScheduleName, num_timesteps: int, ends: tuple[float, float]) -> None:
     schedule = make_schedule(name, num_timesteps, min(ends), max(ends))
     abar = schedule.alphas_cumprod
     assert abar[0] < 1
@@ -174,9 +172,7 @@ def test_to_copies_every_table_and_keeps_the_original() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_scheduler_config_means_the_same_in_diffusers(
-    name: ScheduleName, prediction_type: PredictionType
-) -> None:
+def test_scheduler_config_means_the_same_in_diffusers(name: ScheduleName, prediction_type: PredictionType) -> None:
     schedule = usual(name)
     scheduler = DDIMScheduler(**scheduler_config(name, 1000, *RANGES[name], prediction_type))
     relative = (scheduler.alphas_cumprod.double() / schedule.alphas_cumprod - 1).abs()
@@ -191,9 +187,7 @@ def test_scheduler_config_means_the_same_in_diffusers(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_perfect_network_is_sampled_to_the_clean_latent(
-    name: ScheduleName, prediction_type: PredictionType
-) -> None:
+def test_a_perfect_network_is_sampled_to_the_clean_latent(name: ScheduleName, prediction_type: PredictionType) -> None:
     # With every datum at z_0 = 3 the right prediction is known in closed form. The last DDIM step must land
     # on 3: not on √ᾱ_0·3 plus the noise of t = 0 (set_alpha_to_one), and not on 1 (clip_sample).
     schedule = usual(name)

@@ -1,0 +1,153 @@
+"""A run that is killed and started again ends as the one that was not: every byte of weights, averages, moments."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from conftest import World, losses
+
+from pipeline import checkpoint
+
+KILLS = int(os.environ.get("KILLS", "6"))  # per case; the same test with more of them is the long run
+STEPS = 24
+
+
+def kill(ranks: list[BaseProcess]) -> None:
+    """SIGKILL every rank at once and wait until they are gone."""
+    for process in ranks:
+        process.kill()
+    for process in ranks:
+        process.join(60)
+
+
+def same_files(a: Path, b: Path) -> None:
+    """Every file of two checkpoints is equal, byte by byte."""
+    first = {p.relative_to(a).as_posix(): p.read_bytes() for p in a.rglob("*") if p.is_file()}
+    second = {p.relative_to(b).as_posix(): p.read_bytes() for p in b.rglob("*") if p.is_file()}
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("verb", ["train", "train_vae"])
+def test_killed_at_any_moment(world: World, verb: str, ranks: int) -> None:
+    """Checkpoints are saved in every step, so kills fall into saves as often as between them."""
+    words = ["checkpoint.every_steps=1", f"train.steps={STEPS}", f"vae.train.steps={STEPS}"]
+    where = {"train": "run_dir", "train_vae": "vae.run_dir"}[verb]
+    straight, killed = world.root / "straight", world.root / "killed"
+    began = time.monotonic()
+    assert world.do(verb, *words, f"{where}={straight}", ranks=ranks) == [0] * ranks, world.said()
+    whole_run_s = time.monotonic() - began
+    chance = random.Random(f"{verb} {ranks}")
+    reached: list[int] = []
+    for _ in range(KILLS):
+        started = world.start(verb, *words, f"{where}={killed}", ranks=ranks)
+        time.sleep(chance.uniform(0.2, 1.0) * whole_run_s)
+        kill(started)
+        found, _ = checkpoint.newest(killed / "checkpoints")
+        reached.append(found.step if found else 0)
+        if reached[-1] >= STEPS - 4:  # a kill falls into a run, not behind it
+            shutil.rmtree(killed)
+    assert max(reached) > 0, "no kill fell behind the first checkpoint"
+    assert world.do(verb, *words, f"{where}={killed}", ranks=ranks) == [0] * ranks, world.said()
+    name = f"step-{STEPS:09d}"
+    same_files(straight / "checkpoints" / name, killed / "checkpoints" / name)
+    assert losses(straight) == losses(killed)
+    assert world.status(killed)["state"] == "done"
+    assert not [p.name for p in (killed / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def test_one_rank_killed_ends_the_other(world: World) -> None:
+    """The rank that is left does not wait for ever, and the same command goes on."""
+    started = world.start("train", "train.steps=400", "checkpoint.every_steps=5", ranks=2)
+    deadline = time.monotonic() + 120
+    while not list((world.run_dir / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started[1].kill()
+    started[0].join(120)
+    assert started[0].exitcode == 1, world.said()
+    started[1].join()
+    assert world.status()["state"] == "failed"
+    assert world.do("train", "train.steps=60", "checkpoint.every_steps=5", ranks=2) == [0, 0], world.said()
+
+
+def test_an_interrupted_run_says_how_it_goes_on(world: World) -> None:
+    started = world.start("train", "train.steps=4000", "checkpoint.every_steps=2")
+    deadline = time.monotonic() + 120
+    while not list((world.run_dir / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(int(started[0].pid or 0), signal.SIGTERM)
+    started[0].join(60)
+    assert started[0].exitcode == 1
+    assert world.status()["state"] == "preempted" and world.status()["step"] >= 2
+    assert "the same command goes on" in world.said() and "Traceback" not in world.said()
+
+
+def test_a_run_folder_is_written_by_one_process(world: World) -> None:
+    started = world.start("train", "train.steps=4000", log=world.root / "first.txt")
+    deadline = time.monotonic() + 120
+    while not (world.run_dir / "status.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert world.do("train", "train.steps=4000") == [2]
+    assert "in use by process" in world.said()
+    assert world.status()["state"] == "running"
+    kill(started)
+
+
+def test_encode_killed_goes_on(world: World) -> None:
+    straight, killed = world.root / "straight", world.root / "killed"
+    words = ("data.encode_batch_images=4",)
+    began = time.monotonic()
+    assert world.do("encode", *words, f"data.train_latents={straight}") == [0], world.said()
+    whole_run_s = time.monotonic() - began
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        started = world.start("encode", *words, f"data.train_latents={killed}", ranks=1 + chance.randrange(2))
+        time.sleep(chance.uniform(0.1, 0.9) * whole_run_s)
+        kill(started)
+    assert world.do("encode", *words, f"data.train_latents={killed}") == [0], world.said()
+    assert (straight / "dataset.json").read_bytes() == (killed / "dataset.json").read_bytes()
+    names = sorted(p.relative_to(straight) for p in straight.rglob("*") if p.is_file() and p.name != "status.json")
+    assert names == sorted(p.relative_to(killed) for p in killed.rglob("*") if p.is_file() and p.name != "status.json")
+    assert [n for n in names if (straight / n).read_bytes() != (killed / n).read_bytes()] == []
+
+
+def test_a_full_disk_loses_nothing(world: World) -> None:
+    """A real small file system fills while a checkpoint is saved."""
+    disk = world.root / "disk"
+    disk.mkdir()
+    script = (
+        f'mount -t tmpfs -o size=2m tmpfs "{disk}" && '
+        f'"{sys.executable}" -m pipeline train "{world.config}" run_dir="{disk}/run" checkpoint.every_steps=1 '
+        f"checkpoint.keep_last=100 train.steps=100; code=$?; "
+        f'cp -a "{disk}/run" "{world.root}/left"; exit $code'
+    )
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    done = subprocess.run(
+        ["unshare", *as_root, "--mount", "bash", "-c", script],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "could not be written" in lines[0] and "run the same command again" in lines[0]
+    left = world.root / "left"
+    found, wrong = checkpoint.newest(left / "checkpoints")
+    assert found is not None and not wrong
+    assert str(found.path.name) in lines[0]
+    assert world.status(left)["state"] == "failed"
+    assert world.do("train", f"run_dir={left}", "train.steps=100") == [0], world.said()

@@ -1,0 +1,76 @@
+"""Two gloo ranks against one, started as users start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import World, free_port, losses
+
+BIN = Path(sys.executable).parent
+
+
+def test_two_ranks_read_the_same_batches_and_find_the_same_losses(world: World) -> None:
+    words = ("train.steps=50", "checkpoint.every_steps=50", "train.global_batch_images=24")
+    one, two = world.root / "one", world.root / "two"
+    assert world.do("train", f"run_dir={one}", *words) == [0], world.said()
+    assert world.do("train", f"run_dir={two}", *words, "engine.num_processes=2", ranks=2) == [0, 0], world.said()
+    alone, together = losses(one), losses(two)
+    assert len(alone) == 50
+    assert [row[:2] for row in alone] == [row[:2] for row in together]
+    assert max(abs(a[2] - b[2]) for a, b in zip(alone, together, strict=True)) <= 1e-5
+
+
+def test_two_ranks_encode_what_one_encodes(world: World) -> None:
+    one, two = world.root / "latents1", world.root / "latents2"
+    assert world.do("encode", f"data.train_latents={one}") == [0], world.said()
+    assert world.do("encode", f"data.train_latents={two}", ranks=2) == [0, 0], world.said()
+    assert {p.name: p.read_bytes() for p in one.glob("*.tar")} == {p.name: p.read_bytes() for p in two.glob("*.tar")}
+    assert (one / "dataset.json").read_bytes() == (two / "dataset.json").read_bytes()
+
+
+def test_a_number_of_ranks_that_cannot_share_the_batch_is_refused(world: World) -> None:
+    assert world.do("train", "train.global_batch_images=9", ranks=2) == [2, 2]
+    assert "2 ranks came" in world.said() and "nearest that work: 1, 3" in world.said()
+    assert world.said().count("error:") == 1 and "Traceback" not in world.said()
+
+
+def launch(world: World, command: list[str], out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a launcher's command line from a folder that is not the project's."""
+    root = Path(__file__).resolve().parents[2]
+    words = [str(root / "pipeline" / "train.py"), str(world.config), f"run_dir={out}", "train.steps=4"]
+    return subprocess.run(
+        [*command, *words],
+        cwd=world.root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_accelerate_and_torchrun_start_the_same_run(world: World) -> None:
+    """accelerate launch, one rank and two, and torchrun, two: the same losses to rounding."""
+    outs = [world.root / name for name in ("accelerate1", "accelerate2", "torchrun2")]
+    two = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate = [str(BIN / "accelerate"), "launch", "--main_process_port", str(free_port())]
+    torchrun = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
+    for command, out, env in (
+        ([str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "1"], outs[0], {}),
+        ([*accelerate, "--multi_gpu", *two], outs[1], {"ACCELERATE_USE_CPU": "1"}),
+        (torchrun, outs[2], {}),
+    ):
+        done = launch(world, command, out, **env)
+        assert done.returncode == 0, done.stderr
+        assert world.status(out)["state"] == "done"
+    first, second, third = (losses(out) for out in outs)
+    assert second == third
+    assert max(abs(a[2] - b[2]) for a, b in zip(first, second, strict=True)) <= 1e-5
+
+
+def test_fewer_ranks_than_asked_for_are_refused(world: World) -> None:
+    assert world.do("train", "engine.num_processes=2") == [2]
+    assert "2 ranks were asked for, 1 came" in world.said() and "Traceback" not in world.said()

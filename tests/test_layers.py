@@ -1,0 +1,157 @@
+"""Imports go down: each module has a place in the table below and imports nothing from above it.
+
+All imports count, those inside functions and those for type checkers too.
+"""
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.__main__ import VERBS
+
+ROOT = Path(pipeline.__file__).resolve().parents[1]
+
+# The autoencoder as a model, below everything: it knows nothing of pipeline/.
+VAE = """
+    vae vae.config vae.losses vae.metrics vae.model vae.moments vae.steps
+"""
+LAYERS = {
+    "L0 words": """
+        pipeline.errors pipeline.files pipeline.config
+    """,
+    "L1 parts": """
+        pipeline
+        pipeline.data pipeline.data.draws pipeline.data.index pipeline.data.order pipeline.data.images
+        pipeline.data.latents pipeline.data.dataset pipeline.data.prepare
+        pipeline.diffusion pipeline.diffusion.schedule pipeline.diffusion.process pipeline.diffusion.objectives
+        pipeline.class_conditional pipeline.conditioning pipeline.unet pipeline.ema pipeline.optim
+        pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
+        pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.scores
+    """,
+    "L2 running": """
+        pipeline.engine pipeline.checkpoint pipeline.tracking pipeline.run_folder pipeline.program
+        pipeline.training pipeline.sampler
+    """,
+    "L3 programs": """
+        pipeline.prepare pipeline.index pipeline.train_vae pipeline.encode pipeline.train pipeline.export
+        pipeline.sample pipeline.evaluate pipeline.schema pipeline.__main__
+    """,
+}
+# Programs don't call one another.  One exception: evaluate scores the export that was written, opened as sample
+# opens it, and knows it by the passport that export wrote.
+ASKS = {"pipeline.evaluate": {"pipeline.export", "pipeline.sample"}}
+# These may import only what begins with one of the names given: they can be read, tested and copied alone.
+ALONE = {
+    "pipeline.class_conditional": (),  # its file is copied into every export
+    "pipeline.errors": (),
+    "pipeline.files": (),
+    "pipeline.config": ("pipeline.errors", "vae.config"),
+    "pipeline.diffusion": ("pipeline.diffusion",),
+    "pipeline.metrics": ("pipeline.metrics",),
+    "vae": ("vae",),
+}
+
+PLACE = {module: layer for layer, modules in enumerate(LAYERS.values()) for module in modules.split()}
+PLACE |= dict.fromkeys(VAE.split(), -1)
+PROGRAMS = set(LAYERS["L3 programs"].split())
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for top in ("pipeline", "vae") for path in sorted((ROOT / top).rglob("*.py"))}
+every_module = pytest.mark.parametrize("module", FILES)
+
+
+def imported_names(module: str) -> set[str]:
+    """Every dotted name that a module's imports mention."""
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            found |= {f"{source}.{alias.name}" for alias in node.names}
+    return found
+
+
+def our_imports(module: str) -> set[str]:
+    """The modules of ours that a module imports: for `from package import name`, the module `name` if it is one."""
+    found: set[str] = set()
+    for name in imported_names(module):
+        while name and name not in FILES:
+            name = name.rpartition(".")[0]  # noqa: PLW2901
+        found.add(name)
+    return found - {"", module}
+
+
+GRAPH = {module: our_imports(module) for module in FILES}
+
+
+def begins_with(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+def test_every_module_has_a_place() -> None:
+    assert set(FILES) == set(PLACE)
+
+
+def test_the_graph_is_not_empty() -> None:
+    """The tests below would pass on a parser that finds nothing."""
+    assert {"pipeline.engine", "pipeline.config", "vae.model"} <= GRAPH["pipeline.train"]
+    assert "pipeline.class_conditional" in GRAPH["pipeline"]  # inside a function and under TYPE_CHECKING
+
+
+@every_module
+def test_imports_go_down(module: str) -> None:
+    upwards = {other for other in GRAPH[module] if PLACE[other] > PLACE[module]}
+    assert not upwards
+
+
+def test_imports_make_no_circle() -> None:
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(reversed(error.args[1])))
+
+
+@every_module
+def test_what_stands_alone_imports_nothing_else(module: str) -> None:
+    for alone, allowed in ALONE.items():
+        if begins_with(module, (alone,)):
+            assert {other for other in GRAPH[module] if not begins_with(other, allowed)} == set()
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_programs_do_not_call_one_another(program: str) -> None:
+    assert GRAPH[program] & PROGRAMS == ASKS.get(program, set())
+
+
+def test_every_verb_is_a_program_and_every_program_a_verb() -> None:
+    named = {f"pipeline.{verb.replace('-', '_')}" for verb in VERBS}
+    assert named == PROGRAMS - {"pipeline.__main__"}
+
+
+@pytest.mark.parametrize("statement", ["import pipeline, vae", "import pipeline.config", "import pipeline.run_folder"])
+def test_words_are_spoken_without_torch(statement: str) -> None:
+    said = f"import sys; {statement}; print(*sorted({{'torch', 'diffusers', 'accelerate'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_list_of_verbs_is_printed_without_torch() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "pipeline", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "pipeline" in imported
+    assert not {name.partition(".")[0] for name in imported} & {"torch", "diffusers", "accelerate", "pydantic"}
