@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -33,7 +34,10 @@ class Parser(argparse.ArgumentParser):
 def parser(verb: str, purpose: str) -> Parser:
     """A verb's parser.  `purpose`: the program's docstring."""
     made = Parser(
-        prog=f"python -m pipeline {verb}", description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m pipeline {verb}",
+        description=purpose,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a new option would give another meaning to what people wrote
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -103,7 +107,8 @@ def _status_folder(args: argparse.Namespace, folder: Folder) -> list[Path]:
 
 def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
     """Run; turn how it ends into an exit code, one line per error, and a status."""
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    for polite in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(polite, _ender(status, os.getpid()))
     try:
         work()
     except InUseError as error:
@@ -111,12 +116,6 @@ def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
     except UsageError as error:
         _record(status, "usage", str(error), error)
         return _tell(error, USAGE, debug)
-    except KeyboardInterrupt:
-        if launched_rank() == 0:
-            if status and read_status(status[0]).get("state") == "running":
-                _record(status, "preempted", "interrupted")
-            say("interrupted; the same command goes on from the newest checkpoint")
-        return FAILED
     except Exception as error:
         named = isinstance(error, RunError)
         _record(status, "failed", str(error) if named else f"{type(error).__name__}: {error}", error)
@@ -124,8 +123,6 @@ def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
             with suppress(OSError):
                 (status[0] / f"traceback-{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         return _tell(error, FAILED, debug)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return DONE
 
 
@@ -159,5 +156,17 @@ def _is_echo(error: Exception | None) -> bool:
     return "echo" in getattr(error, "__notes__", ())
 
 
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _ender(status: list[Path], program: int) -> Callable[[int, object], NoReturn]:
+    """A signal handler that ends the program where it stands, as a kill would, but says so.
+
+    Nothing is unwound: whatever is being written is whole or absent without that.
+    """
+
+    def end_here(signum: int, frame: object) -> NoReturn:
+        if os.getpid() == program and launched_rank() == 0:
+            if status and read_status(status[0]).get("state") == "running":
+                _record(status, "preempted", signal.Signals(signum).name)
+            say("\ninterrupted; run the same command again and it goes on")
+        os._exit(FAILED)
+
+    return end_here

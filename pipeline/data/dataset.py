@@ -6,6 +6,7 @@ position alone: the step loop receives all that is random and draws nothing.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -204,6 +205,7 @@ def load_batches(
         batch_sampler=cast(Any, _Once(positions)),
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_program,
         pin_memory=pin_memory,
     )
     for batch in loader:
@@ -224,3 +226,10 @@ class _Once:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals_to_the_program(worker: int) -> None:
+    """A signal to the whole job ends the program, and so its loaders; a loader that died first would look broken."""
+    del worker
+    for polite in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(polite, signal.SIG_IGN)

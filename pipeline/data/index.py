@@ -288,7 +288,7 @@ class ShardSet:
         path = _sidecar(self.folder, self.names[shard])
         try:
             index = ShardIndex.load(path)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UsageError(f"{path}: unreadable ({error}); run: python -m pipeline index {self.folder}") from None
         if len(index.keys) != self.counts[shard]:
             raise UsageError(

@@ -89,7 +89,7 @@ def test_an_interrupted_run_says_how_it_goes_on(world: World) -> None:
     started[0].join(60)
     assert started[0].exitcode == 1
     assert world.status()["state"] == "preempted" and world.status()["step"] >= 2
-    assert "the same command goes on" in world.said() and "Traceback" not in world.said()
+    assert "run the same command again and it goes on" in world.said() and "Traceback" not in world.said()
 
 
 def test_a_run_folder_is_written_by_one_process(world: World) -> None:
