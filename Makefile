@@ -8,6 +8,9 @@ STAMP := .venv/.complete
 LAUNCH := $(BIN)/accelerate launch --config_file configs/engine/one.yaml
 VERB := $(BIN)/python -m pipeline
 
+# Threads that wait must not spin: on a busy machine that makes two threads many times slower than one.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test system-test lint clean
 

@@ -79,7 +79,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
             learning_rate=lambda step: learning_rate_at(
                 step,
                 peak=settings.learning_rate,
-                schedule="constant",
+                schedule=settings.schedule,
                 warmup_steps=settings.warmup_steps,
                 total_steps=settings.steps,
             ),

@@ -100,6 +100,7 @@ def become(words: list[str], cwd: str, rank: int | None, out: str, err: str) -> 
     if rank is not None:
         os.environ["RANK"] = str(rank)
     sys.argv = ["pipeline", *words]
+    del sys.modules["pipeline.__main__"]  # imported by this file
     runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
 
 
@@ -205,23 +206,23 @@ def test_every_verb_says_what_it_is_for(do: Do, verb: str) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("train",), "the following arguments are required: CONFIG.yaml"),
-        (("train", "c.yaml", "--fast"), "unrecognized arguments: --fast"),
-        (("train", "c.yaml", "seed=1", "--deb"), "unrecognized arguments: --deb"),
-        (("sample", "c.yaml", "--columns", "many"), "argument --columns: invalid int value: 'many'"),
-        (("sample", "c.yaml", "--columns"), "argument --columns: expected one argument"),
-        (("index",), "the following arguments are required: folder"),
-        (("index", "a", "b"), "unrecognized arguments: b"),
-        (("prepare", "digits"), "the following arguments are required: out"),
+        (("train",), "the following arguments are required: CONFIG.yaml;"),
+        (("train", "c.yaml", "--fast"), "unrecognized arguments: --fast;"),
+        (("train", "c.yaml", "seed=1", "--deb"), "unrecognized arguments: --deb;"),
+        (("sample", "c.yaml", "--columns", "many"), "argument --columns: invalid int value: 'many';"),
+        (("sample", "c.yaml", "--columns"), "argument --columns: expected one argument;"),
+        (("index",), "the following arguments are required: folder;"),
+        (("index", "a", "b"), "unrecognized arguments: b;"),
+        (("prepare", "digits"), "the following arguments are required: out;"),
         (("prepare", "letters", "out"), "argument kind: invalid choice: 'letters' (choose from "),
-        (("schema", "now"), "unrecognized arguments: now"),
+        (("schema", "now"), "unrecognized arguments: now;"),
     ],
 )
 def test_a_wrong_option_is_told_in_one_line(do: Do, words: tuple[str, ...], told: str) -> None:
     done = do(*words)
     assert (done.code, done.out) == (2, "")
     assert done.line.startswith(f"python -m pipeline {words[0]}: {told}")
-    assert done.line.endswith("; --help shows what is known")
+    assert done.line.endswith(" --help shows what is known")
 
 
 def test_the_schema_is_printed_alone() -> None:
@@ -349,7 +350,7 @@ def test_a_folder_is_indexed_or_its_bad_shard_named(do: Do, digits: Path, tmp_pa
     done = do("index", torn.parent)
     assert (done.code, done.line.endswith(" samples in 1 shards")) == (0, True)
 
-    torn.write_bytes(whole[:-1024])
+    torn.write_bytes(whole[: len(whole) // 2])
     done = do("index", torn.parent)
     assert done.code == 2
     assert done.line.startswith(f"error: {torn}: at byte ")
@@ -364,6 +365,11 @@ def test_a_program_that_is_done_says_so_and_the_next_asks_for_the_one_between(
     done = do("train-vae", config)
     assert done.code == 0
     assert status(tmp_path / "vae") == {"state": "done", "step": 1, "reason": None}
+
+    done = do("encode", config, f"data.train_latents={config}/latents")  # there is a file in the way
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("error: NotADirectoryError: ")
+    assert "Traceback" not in done.err
 
     done = do("train", config)  # encode comes first
     assert done.code == 2

@@ -112,7 +112,7 @@ def test_an_override_is_laid_over_the_file(path: Path, override: str, value: obj
 
 
 def test_an_override_leaves_its_neighbours_alone(path: Path) -> None:
-    config = load_config(path, ["data.lanes=12", "vae.train.steps=9", "vae.train.warmup_steps=1"])
+    config = load_config(path, ["data.lanes=12", "vae.train.steps=9", "vae.train.global_batch_images=3"])
     assert (config.data.image_size, config.vae.model.latent_channels) == (32, 4)
 
 
@@ -274,7 +274,7 @@ def test_an_ill_typed_item_of_a_list_names_the_lists_line(path: Path) -> None:
         ("conditioning.class_names=[a, b]", "class_names has 2 entries, num_classes is 3"),
         ("conditioning.class_names=[a, b, a]", "class_names has a name twice"),
         ("evaluation.num_inference_steps=7", "evaluation.num_inference_steps=7 must divide"),
-        ("vae.train.warmup_steps=1000", "warmup_steps: 1000 came, at most steps (300) is wanted"),
+        ("vae.train.micro_batch_images=7", "micro_batch_images: 7 came, a divisor of global_batch_images"),
         ("vae.model.norm_num_groups=3", "positive multiples of norm_num_groups"),
     ],
 )
@@ -401,6 +401,11 @@ def test_an_interpolation_that_fails(path: Path, value: str, told: str) -> None:
     assert told in line
 
 
+def test_an_interpolation_that_fails_in_a_list(path: Path) -> None:
+    path.write_text(SMALLEST + "ema:\n  decays: [0.9, '${nowhere}']\n")
+    assert refusal(path).startswith(f"{path}:16: ema.decays.1: ")
+
+
 def test_an_interpolation_that_fails_on_the_command_line(path: Path) -> None:
     assert refusal(path, "data.train_images=${nowhere}").startswith("command line: data.train_images: ")
 
@@ -437,7 +442,7 @@ def test_what_is_written_down_reads_as_an_equal_config(
             "run_dir": text,
             "seed": seed,
             "optimizer": config.optimizer.model_copy(update={"learning_rate": rate}),
-            "conditioning": config.conditioning.model_copy(update={"class_names": (text, f"{text} 1", "3")}),
+            "conditioning": config.conditioning.model_copy(update={"class_names": (text, f"{text} 1", f"2 {text}")}),
         }
     )
     file.write_text(to_yaml(changed), encoding="utf-8")
@@ -448,9 +453,12 @@ def test_what_is_written_down_reads_as_an_equal_config(
 
 
 def test_the_identity_holds_what_may_not_change(path: Path) -> None:
-    found = identity(load_config(path, ["optimizer.learning_rate=0.5"]), tuple(Config.model_fields))
+    found = identity(
+        load_config(path, ["optimizer.learning_rate=0.5", "unet.block_out_channels=[64, 64]"]),
+        tuple(Config.model_fields),
+    )
     assert found["optimizer.learning_rate"] == 0.5
-    assert found["unet.block_out_channels"] == [64, 128]
+    assert found["unet.block_out_channels"] == [64, 64]
     assert {
         "seed",
         "data.image_size",

@@ -47,10 +47,13 @@ class VaeModelConfig(Section):
 
 
 class VaeTrainConfig(Section):
-    """Training with a pixel error and a KL (Rombach et al. 2022, section 3.1, without its adversary)."""
+    """Training with a pixel error and a KL (Rombach et al. 2022, section 3.1, without its adversary).
 
-    steps: int = Field(default=300, ge=1, description="Optimizer steps of the whole run.", json_schema_extra=FREE)
-    global_batch_images: int = Field(default=32, ge=1, description="Images per optimizer step over all ranks.")
+    The defaults are those of the digits: with a cosine to 0 after the warm-up, 37.5 to 38.2 dB on held-out images.
+    """
+
+    steps: int = Field(default=400, ge=1, description="Optimizer steps of the whole run.", json_schema_extra=FREE)
+    global_batch_images: int = Field(default=16, ge=1, description="Images per optimizer step over all ranks.")
     micro_batch_images: int | None = Field(
         default=None,
         ge=1,
@@ -59,13 +62,17 @@ class VaeTrainConfig(Section):
         json_schema_extra=FREE,
     )
     learning_rate: float = Field(
-        default=4e-3, gt=0, le=1, description="Learning rate of AdamW after the warm-up, per optimizer step."
+        default=4e-3, gt=0, le=1, description="Largest learning rate of AdamW, at the end of the warm-up."
     )
+    schedule: Literal["constant", "cosine"] = Field(default="cosine", description="Learning rate after the warm-up.")
     warmup_steps: int = Field(default=20, ge=0, description="Optimizer steps in which the learning rate rises from 0.")
     reconstruction: Literal["l1", "l2"] = Field(
         default="l2",
         description="Pixel error: mean absolute (l1) or mean square (l2) over pixel channels in [-1, 1].",
     )
+    # On digits 1e-4, 3e-4 and 1e-3 reconstruct alike (38.2 dB); the larger, the more alike the channels (standard
+    # deviations 0.5 to 2.7 at 1e-4, 0.8 to 1.5 at 1e-3) and the closer to real what diffusion draws from them.
+    # The price: two of the four channels carry a few nats per image beside 100 to 200 in the others.
     kl_weight: float = Field(
         default=1e-3,
         ge=0,
@@ -74,9 +81,7 @@ class VaeTrainConfig(Section):
     gradient_clip_norm: float = Field(default=1.0, gt=0, description="Largest global L2 norm of the gradient.")
 
     @model_validator(mode="after")
-    def _counts_fit(self) -> Self:
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps: {self.warmup_steps} came, at most steps ({self.steps}) is wanted")
+    def _micro_batches_fill_the_batch(self) -> Self:
         if self.micro_batch_images is not None and self.global_batch_images % self.micro_batch_images:
             raise ValueError(
                 f"micro_batch_images: {self.micro_batch_images} came, a divisor of global_batch_images "

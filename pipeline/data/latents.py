@@ -30,7 +30,10 @@ def moments_to_bytes(moments: NDArray[Any]) -> bytes:
 
 def moments_from_bytes(data: bytes) -> NDArray[np.float32]:
     """The bytes of an fp16 .npy → float32 [2C,h,w].  Raises ValueError; runs no pickle."""
-    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)  # np.load would open a zip, too
+    try:
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)  # np.load would open a zip, too
+    except MemoryError as error:
+        raise ValueError(f"a broken .npy header: {error}") from None
     if array.dtype != np.float16 or array.ndim != 3 or array.shape[0] % 2:
         raise ValueError(f"fp16 [2C,h,w] was wanted, {array.dtype} {list(array.shape)} came")
     if not np.isfinite(array).all():

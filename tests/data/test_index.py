@@ -22,7 +22,7 @@ FORMAT_NAMES = ["ustar", "gnu", "pax"]
 
 
 def write_members(path: Path, members: Iterable[Member], fmt: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar by Python's tarfile.  A name with its bytes is a file, named b"name" where bytes are given."""
+    """A tar by Python's tarfile.  A name with its bytes is a file."""
     with tarfile.open(path, "w", format=fmt) as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
