@@ -117,8 +117,8 @@ def encode_shard(
     """One image tar → one latent tar of the same name, and beside it what was measured in it."""
     statistics = MomentStatistics(int(vae.config["latent_channels"]))
     labels: Counter[int] = Counter()
-    # The shards are shared out already: webdataset would refuse to read one on several ranks.
-    reader = WebDataset(str(shard), shardshuffle=False, nodesplitter=lambda urls: urls, empty_check=False)
+    # A list, as a string would be brace-expanded; and the shards are shared out already, which webdataset must be told.
+    reader = WebDataset([str(shard)], shardshuffle=False, nodesplitter=lambda urls: urls, empty_check=False)
     batches: Any = reader.batched(data.encode_batch_images, collation_fn=None, partial=True)
     with files.whole(out / shard.name) as aside:
         with aside.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
@@ -156,7 +156,7 @@ def _label(shard: Path, sample: dict[str, Any]) -> int:
 
 
 def _record(out: Path, name: str) -> Path:
-    return out / "index" / f"{name.removesuffix('.tar')}.json"
+    return out / "index" / f"{name.removesuffix('.tar')}.encoded.json"
 
 
 def finish_set(shards: ShardSet, out: Path, origin: Origin) -> None:
@@ -165,25 +165,26 @@ def finish_set(shards: ShardSet, out: Path, origin: Origin) -> None:
     if stray:
         raise UsageError(f"{out}: holds {stray[0]}, which the images {shards.folder} don't have; move it away")
     build_index(out, required=(frozenset({latents.PART}),), source=asdict(origin))
+    written = ShardSet(out, open_shards=1)
+    if written.counts != shards.counts:
+        raise UsageError(f"{out}: has {len(written)} samples, the images {shards.folder} have {len(shards)}; remove it")
     labels: Counter[int] = Counter()
-    total: MomentStatistics | None = None
-    for name in shards.names:
-        record = files.read_json(_record(out, name))
+    records = [files.read_json(_record(out, name)) for name in shards.names]
+    total = MomentStatistics.from_dict(records[0]["statistics"])
+    for record in records[1:]:
+        total.merge(MomentStatistics.from_dict(record["statistics"]))
+    for record in records:
         labels.update({int(label): count for label, count in record["labels"].items()})
-        part = MomentStatistics.from_dict(record["statistics"])
-        total = part if total is None else total
-        if part is not total:
-            total.merge(part)
-    if total is None or total.count == 0:
-        raise UsageError(f"{shards.folder}: no samples to encode")
-    measured = total.latent_scale
+    with blame(str(out)):
+        measured = total.latent_scale
     files.write_json(
         out / "dataset.json",
         {
             "format": latents.FORMAT,
             "kind": "latents",
             "complete": True,
-            "num_samples": len(shards),
+            "fingerprint": written.fingerprint,
+            "num_samples": len(written),
             "label_counts": {str(label): labels[label] for label in sorted(labels)},
             "origin": asdict(origin),
             "scale": measured.scale,

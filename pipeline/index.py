@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import files, program
-from pipeline.data import images
+from pipeline.data import images, latents
 from pipeline.data.index import build_index
 
 
@@ -23,6 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def index(args: argparse.Namespace) -> None:
     """Write FOLDER/index, and say what was found."""
-    build_index(args.folder, required=(images.PARTS,))
+    build_index(args.folder, required=(images.PARTS | {latents.PART},))
     shards = files.read_json(args.folder / "index" / "manifest.json")["shards"]
     program.say(f"{args.folder}: {sum(s['samples'] for s in shards):,} samples in {len(shards):,} shards")

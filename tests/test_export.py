@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import World
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from world import World
 
 from pipeline.config import load_config
 from pipeline.export import checkpoint_pipeline, newest_checkpoint

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from conftest import World, losses
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from world import World, losses
 
 from pipeline import checkpoint
 

@@ -83,6 +83,9 @@ def open_latents(folder: Path, vae_sha256: str, image_size: int) -> dict[str, An
         raise UsageError(
             f"{folder}: these latents were made from {origin['image_size']} px images, data.image_size is {image_size}"
         )
+    indexed = files.read_json(folder / "index" / "manifest.json")["fingerprint"]
+    if indexed != said["fingerprint"]:
+        raise UsageError(f"{folder}: its shards are not those that encode wrote; restore them, or remove it and encode")
     return said
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.data.draws import Purpose, permutation, uniform
 from pipeline.errors import UsageError
 
-ALGORITHM = 2  # part of a run's identity: raise it when any position would read another sample
+ALGORITHM = 1  # part of a run's identity: raise it when any position would read another sample
 
 
 class Order:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import World, losses
+from world import World, losses
 
 pytestmark = [
     pytest.mark.gpu,

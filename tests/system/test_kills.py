@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import World, losses
+from world import World, losses
 
 from pipeline import checkpoint
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import World, free_port, losses
+from world import World, free_port, losses
 
 BIN = Path(sys.executable).parent
 
