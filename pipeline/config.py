@@ -57,7 +57,9 @@ class DataConfig(Section):
     workers: int = Field(
         default=2, ge=0, description="Loader processes per rank; 0 loads in the step loop.", json_schema_extra=FREE
     )
-    encode_batch_images: int = Field(default=64, gt=0, description="Images per VAE call in encode.")
+    encode_batch_images: int = Field(
+        default=64, gt=0, description="Images per VAE call in encode.", json_schema_extra=FREE
+    )
 
 
 class UnetConfig(Section):
@@ -146,7 +148,11 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """How long, and in what portions."""
 
-    steps: int = Field(gt=0, description="Optimizer steps of the whole run.", json_schema_extra=FREE)
+    steps: int = Field(
+        gt=0,
+        description="Optimizer steps of the whole run; a cosine follows a changed number.",
+        json_schema_extra=FREE,
+    )
     global_batch_images: int = Field(gt=0, description="Images per optimizer step over all ranks.")
     micro_batch_images: int | None = Field(
         default=None,

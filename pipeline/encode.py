@@ -34,7 +34,7 @@ from pipeline.data.dataset import class_label, image_part
 from pipeline.data.index import ShardSet, build_index
 from pipeline.data.latents import Origin
 from pipeline.engine import Engine
-from pipeline.errors import UsageError, blame
+from pipeline.errors import SampleError, UsageError, blame
 from pipeline.run_folder import write_status
 from vae.model import load, weights_sha256
 from vae.moments import MomentStatistics, encode_moments
@@ -55,11 +55,12 @@ def encode(config: Config, args: argparse.Namespace) -> None:
         vae = load(config.vae.path)
     vae_sha256 = weights_sha256(vae)
     Module.to(vae, engine.device)
-    sets = [(data.train_images, data.train_latents)]
+    sets = [("data.train_images", data.train_images, data.train_latents)]
     if data.validation_images and data.validation_latents:
-        sets.append((data.validation_images, data.validation_latents))
-    for source, out in sets:
-        shards = ShardSet(Path(source), open_shards=1)
+        sets.append(("data.validation_images", data.validation_images, data.validation_latents))
+    for key, source, out in sets:
+        with blame(key):
+            shards = ShardSet(Path(source), open_shards=1)
         origin = Origin(
             vae_sha256=vae_sha256,
             image_size=data.image_size,
@@ -78,7 +79,7 @@ def encode(config: Config, args: argparse.Namespace) -> None:
     engine.main_does(lambda: write_status(status, "done"))
     if engine.is_main:
         scale = latents.describe(status)["scale"]
-        program.say(f"the latents are in {', '.join(out for _, out in sets)}; their measured scale is {scale:.4f}")
+        program.say(f"the latents are in {', '.join(out for _, _, out in sets)}; their measured scale is {scale:.4f}")
 
 
 def _beginning(out: Path, origin: Origin) -> Any:
@@ -145,14 +146,14 @@ def _pixels(shard: Path, sample: dict[str, Any], size: int) -> Any:
     try:
         return images.to_unit(images.decode(image_part(sample), size))
     except ValueError as error:
-        raise UsageError(f"{shard}: sample {sample['__key__']!r}: {error}") from None
+        raise SampleError(f"{shard}: sample {sample['__key__']!r}: {error}") from None
 
 
 def _label(shard: Path, sample: dict[str, Any]) -> int:
     try:
         return class_label(sample)
     except ValueError as error:
-        raise UsageError(f"{shard}: sample {sample['__key__']!r}: {error}") from None
+        raise SampleError(f"{shard}: sample {sample['__key__']!r}: {error}") from None
 
 
 def _record(out: Path, name: str) -> Path:

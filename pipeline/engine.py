@@ -24,11 +24,6 @@ PRECISION = {"fp32": "no", "bf16": "bf16"}  # our word → Accelerate's
 ERRORS = {kind.__name__: kind for kind in (UsageError, RunError)}
 
 
-def launched_rank() -> int:
-    """This process's rank as the launcher says it, before any engine exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: the mean loss over the global batch, its named parts, and the gradient's L2 norm."""

@@ -10,18 +10,23 @@ class UsageError(Exception):
     """The same command will fail again until a setting or the data changes.  Programs exit with 2."""
 
 
+class SampleError(UsageError):
+    """A sample can't be used.  Only the rank that read it knows."""
+
+
 class RunError(Exception):
     """The work stopped half-way for a reason that can be named (a full disk, a NaN).  Programs exit with 1."""
 
 
 @contextmanager
 def blame(where: str) -> Generator[None]:
-    """Turn an OSError or ValueError inside the block into a UsageError that begins with `where`.
+    """Let a UsageError from the block begin with `where`, and make one of an OSError or ValueError.
 
     A model library knows that a file is missing; only its caller knows which setting named the file.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (UsageError, OSError, ValueError) as error:
         said = str(error)
-        raise UsageError(said if said.startswith(where) else f"{where}: {said}") from error
+        kind = type(error) if isinstance(error, UsageError) else UsageError
+        raise kind(said if said.startswith(where) else f"{where}: {said}") from error

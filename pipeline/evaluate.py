@@ -32,7 +32,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import read_images
 from pipeline.data.images import to_unit
 from pipeline.engine import Engine
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, blame
 from pipeline.export import PASSPORT
 from pipeline.metrics.classifier import ImageClassifier
 from pipeline.metrics.neighbours import nearest
@@ -127,8 +127,10 @@ def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, gui
 def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float, list[Path]]) -> Scores:
     """Metric name → value, for the reconstructions, the validation images and each guidance scale."""
     run, size, limit = Path(config.run_dir), config.data.image_size, config.evaluation.max_reference_images
-    train, train_labels = read_images(Path(config.data.train_images), size=size, limit=limit)
-    validation, validation_labels = read_images(Path(str(config.data.validation_images)), size=size, limit=limit)
+    with blame("data.train_images"):
+        train, train_labels = read_images(Path(config.data.train_images), size=size, limit=limit)
+    with blame("data.validation_images"):
+        validation, validation_labels = read_images(Path(str(config.data.validation_images)), size=size, limit=limit)
     program.say("fitting the classifier on the real training images")
     classifier = ImageClassifier(config.seed).fit(train, train_labels)
     scores: Scores = {

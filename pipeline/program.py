@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import Config, find_config, load_config, raw_config
-from pipeline.engine import launched_rank, leave
-from pipeline.errors import RunError, UsageError
-from pipeline.run_folder import InUseError, State, in_use, read_status, write_status
+from pipeline.engine import leave
+from pipeline.errors import RunError, SampleError, UsageError
+from pipeline.run_folder import InUseError, State, in_use, launched_rank, read_status, write_status
 
 DONE, FAILED, USAGE = 0, 1, 2
 Folder = Callable[[dict[str, Any]], Any]  # raw config → the folder whose status.json tells this program's outcome
@@ -107,8 +107,8 @@ def _status_folder(args: argparse.Namespace, folder: Folder) -> list[Path]:
 
 def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
     """Run; turn how it ends into an exit code, one line per error, and a status."""
-    for polite in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(polite, _ender(status, os.getpid()))
+    ender = _ender(status, os.getpid())
+    before = {polite: signal.signal(polite, ender) for polite in (signal.SIGTERM, signal.SIGINT)}
     try:
         work()
     except InUseError as error:
@@ -123,6 +123,9 @@ def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
             with suppress(OSError):
                 (status[0] / f"traceback-{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         return _tell(error, FAILED, debug)
+    finally:
+        for polite, handler in before.items():
+            signal.signal(polite, handler)
     return DONE
 
 
@@ -130,7 +133,8 @@ def _tell(error: Exception, code: int, debug: bool = False) -> int:
     """Say an error once over all ranks."""
     if debug:
         traceback.print_exception(error)
-    if (isinstance(error, UsageError) or _is_echo(error)) and launched_rank() != 0:
+    told_by_main = _is_echo(error) or (isinstance(error, UsageError) and not isinstance(error, SampleError))
+    if told_by_main and launched_rank() != 0:
         return code
     named = isinstance(error, UsageError | RunError)
     prefix = "error" if launched_rank() == 0 else f"error: rank {launched_rank()}"

@@ -12,7 +12,6 @@ import yaml
 
 from pipeline import files
 from pipeline.config import Config, identity, to_yaml
-from pipeline.engine import launched_rank
 from pipeline.errors import UsageError, blame
 
 State = Literal["running", "done", "preempted", "failed", "usage"]
@@ -21,6 +20,11 @@ _locks: dict[Path, TextIO] = {}  # held open until the process ends, however it 
 
 class InUseError(UsageError):
     """Another live process writes this run: its status is not ours to change."""
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher says it, before any engine exists."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def write_status(folder: Path, state: State, *, step: int | None = None, reason: str | None = None) -> None:
@@ -53,7 +57,11 @@ def claim(folder: Path, config: Config, sections: tuple[str, ...]) -> None:
         _lock(folder)
     mine = identity(config, sections)
     begun = any((folder / "checkpoints").glob("step-*"))
-    if begun and (folder / "config.yaml").exists():
+    if begun:
+        if not (folder / "config.yaml").exists():
+            raise UsageError(
+                f"{folder}: has checkpoints but no config.yaml to tell whose; restore it or move them away"
+            )
         was = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         differing = [key for key in mine if was.get(key) != mine[key]]
         if differing:

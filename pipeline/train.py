@@ -59,20 +59,22 @@ def train(config: Config, args: argparse.Namespace) -> None:
     # frozen parts and data: latents know which VAE made them, and at what scale
     with blame("vae.path"):
         vae = load(config.vae.path)
-    described = latents.open_latents(Path(config.data.train_latents), weights_sha256(vae), config.data.image_size)
-    check_labels(config, described)
+    with blame("data.train_latents"):
+        described = latents.open_latents(Path(config.data.train_latents), weights_sha256(vae), config.data.image_size)
+        check_labels(config, described)
     Module.to(vae, engine.device)
     latent_scale = LatentScale(described["scale"], described["shift"])
     side = config.data.image_size // 2 ** (len(vae.config["block_out_channels"]) - 1)
-    samples = LatentSamples(
-        Path(config.data.train_latents),
-        seed=config.seed,
-        lanes=config.data.lanes,
-        block=config.data.shuffle_block,
-        global_batch=config.train.global_batch_images,
-        num_classes=config.conditioning.num_classes,
-        dropout=config.conditioning.dropout,
-    )
+    with blame("data.train_latents"):
+        samples = LatentSamples(
+            Path(config.data.train_latents),
+            seed=config.seed,
+            lanes=config.data.lanes,
+            block=config.data.shuffle_block,
+            global_batch=config.train.global_batch_images,
+            num_classes=config.conditioning.num_classes,
+            dropout=config.conditioning.dropout,
+        )
 
     # U-Net, optimizer, EMA; resume
     schedule = make_schedule(

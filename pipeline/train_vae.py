@@ -25,6 +25,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import ImageSamples
 from pipeline.data.draws import Purpose, integer_seed
 from pipeline.engine import Engine
+from pipeline.errors import blame
 from pipeline.optim import build_adamw, learning_rate_at
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Course, Training
@@ -48,14 +49,15 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     engine.main_does(lambda: claim(run, config, IDENTITY))
 
     side = config.data.image_size // shape.downsampling_factor
-    samples = ImageSamples(
-        Path(config.data.train_images),
-        seed=config.seed,
-        lanes=config.data.lanes,
-        block=config.data.shuffle_block,
-        size=config.data.image_size,
-        latent_shape=(shape.latent_channels, side, side),
-    )
+    with blame("data.train_images"):
+        samples = ImageSamples(
+            Path(config.data.train_images),
+            seed=config.seed,
+            lanes=config.data.lanes,
+            block=config.data.shuffle_block,
+            size=config.data.image_size,
+            latent_shape=(shape.latent_channels, side, side),
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 1))
         autoencoder = build(shape)

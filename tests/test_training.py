@@ -107,9 +107,9 @@ def test_other_data_under_the_same_name_is_refused(world: World, made: World) ->
     latents = world.root / "latents"
     shutil.copytree(made.root / "latents", latents)
     assert world.do("train", f"data.train_latents={latents}", "train.steps=4") == [0], world.said()
-    manifest = json.loads((latents / "index" / "manifest.json").read_text())
-    manifest["fingerprint"] = "0" * 64
-    (latents / "index" / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("dataset.json", "index/manifest.json"):
+        said = json.loads((latents / name).read_text())
+        (latents / name).write_text(json.dumps(said | {"fingerprint": "0" * 64}))
     assert world.do("train", f"data.train_latents={latents}") == [2]
     assert "data_fingerprint was" in world.said()
 

@@ -52,7 +52,12 @@ class VaeTrainConfig(Section):
     The defaults are those of the digits: with a cosine to 0 after the warm-up, 37.5 to 38.2 dB on held-out images.
     """
 
-    steps: int = Field(default=400, ge=1, description="Optimizer steps of the whole run.", json_schema_extra=FREE)
+    steps: int = Field(
+        default=400,
+        ge=1,
+        description="Optimizer steps of the whole run; a cosine follows a changed number.",
+        json_schema_extra=FREE,
+    )
     global_batch_images: int = Field(default=16, ge=1, description="Images per optimizer step over all ranks.")
     micro_batch_images: int | None = Field(
         default=None,

@@ -23,7 +23,7 @@ from pipeline.data.draws import Purpose
 from pipeline.data.index import ShardSet
 from pipeline.data.order import Order
 from pipeline.diffusion.objectives import stratified
-from pipeline.errors import UsageError
+from pipeline.errors import SampleError, UsageError
 
 Batch = dict[str, Tensor]
 
@@ -210,7 +210,7 @@ def load_batches(
     )
     for batch in loader:
         if isinstance(batch, str):
-            raise UsageError(batch)
+            raise SampleError(batch)
         yield cast(Batch, batch)
 
 

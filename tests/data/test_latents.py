@@ -23,7 +23,14 @@ ORIGIN = Origin(
     batch_images=64,
     source_fingerprint="f" * 64,
 )
-SAID: dict[str, Any] = {"format": FORMAT, "kind": "latents", "complete": True, "origin": asdict(ORIGIN), "scale": 0.5}
+SAID: dict[str, Any] = {
+    "format": FORMAT,
+    "kind": "latents",
+    "complete": True,
+    "fingerprint": "of the index",
+    "origin": asdict(ORIGIN),
+    "scale": 0.5,
+}
 
 
 def npy(array: Any) -> bytes:
@@ -121,11 +128,18 @@ def test_the_wanted_and_the_given_are_named() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     files.write_json(tmp_path / "set" / "dataset.json", SAID)
+    files.write_json(tmp_path / "set" / "index" / "manifest.json", {"fingerprint": SAID["fingerprint"]})
     return tmp_path / "set"
 
 
 def test_a_fitting_set_opens(folder: Path) -> None:
     assert open_latents(folder) == SAID
+
+
+def test_other_shards_than_encode_wrote_are_refused(folder: Path) -> None:
+    files.write_json(folder / "index" / "manifest.json", {"fingerprint": "another"})
+    with pytest.raises(UsageError, match="not those that encode wrote"):
+        open_latents(folder)
 
 
 def test_another_vae_is_refused(folder: Path) -> None:
