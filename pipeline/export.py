@@ -25,7 +25,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pipeline import checkpoint, class_conditional, files, program, sampler
 from pipeline.checkpoint import Checkpoint
 from pipeline.class_conditional import ClassConditionalPipeline
-from pipeline.config import Config, to_yaml
+from pipeline.config import Config
+from pipeline.config_file import to_yaml
 from pipeline.ema import profile_name
 from pipeline.errors import RunError, UsageError, blame
 from vae.model import load, weights_sha256

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.config import Config, find_config, load_config, raw_config
+from pipeline.config import Config
+from pipeline.config_file import find_config, load_config, raw_config
 from pipeline.engine import leave
 from pipeline.errors import RunError, SampleError, UsageError
 from pipeline.run_folder import InUseError, State, in_use, launched_rank, read_status, write_status

@@ -11,7 +11,8 @@ from typing import Any, Literal, TextIO
 import yaml
 
 from pipeline import files
-from pipeline.config import Config, identity, to_yaml
+from pipeline.config import Config, identity
+from pipeline.config_file import to_yaml
 from pipeline.errors import UsageError, blame
 
 State = Literal["running", "done", "preempted", "failed", "usage"]

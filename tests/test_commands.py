@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from pipeline.__main__ import VERBS
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.run_folder import claim, write_status
 
 ROOT = Path(__file__).resolve().parents[1]

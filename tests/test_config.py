@@ -11,7 +11,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config, find_config, identity, json_schema, load_config, to_yaml
+from pipeline.config import Config, identity, json_schema
+from pipeline.config_file import find_config, load_config, to_yaml
 from pipeline.errors import UsageError
 from pipeline.schema import schema_text
 

@@ -14,7 +14,7 @@ import pytest
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from world import World
 
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.export import checkpoint_pipeline, newest_checkpoint
 
 ALONE = """

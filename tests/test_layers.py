@@ -23,7 +23,7 @@ VAE = """
 """
 LAYERS = {
     "L0 words": """
-        pipeline.errors pipeline.files pipeline.config
+        pipeline.errors pipeline.files pipeline.config pipeline.config_file
     """,
     "L1 parts": """
         pipeline
@@ -51,7 +51,7 @@ ALONE = {
     "pipeline.class_conditional": (),  # its file is copied into every export
     "pipeline.errors": (),
     "pipeline.files": (),
-    "pipeline.config": ("pipeline.errors", "vae.config"),
+    "pipeline.config": ("vae.config",),
     "pipeline.diffusion": ("pipeline.diffusion",),
     "pipeline.metrics": ("pipeline.metrics",),
     "vae": ("vae",),

@@ -10,7 +10,8 @@ from typing import get_args
 
 import pytest
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.errors import UsageError
 from pipeline.run_folder import InUseError, State, claim, in_use, read_status, write_status
 
@@ -32,7 +33,7 @@ train:
 HOLDER = """
 import os, sys
 from pathlib import Path
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.run_folder import claim
 claim(Path(sys.argv[1]), load_config(sys.argv[2]), ("seed",))
 if sys.argv[3:] == ["with a child"] and os.fork():
