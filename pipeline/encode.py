@@ -16,6 +16,7 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def encode(config: Config, args: argparse.Namespace) -> None:
     data, status = config.data, Path(config.data.train_latents)
     with blame("vae.path"):
         vae = load(config.vae.path)
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if data.image_size % factor:
+        raise UsageError(f"data.image_size: {data.image_size} came, a multiple of the VAE's factor {factor} was wanted")
     vae_sha256 = weights_sha256(vae)
     Module.to(vae, engine.device)
     sets = [("data.train_images", data.train_images, data.train_latents)]
@@ -70,29 +74,24 @@ def encode(config: Config, args: argparse.Namespace) -> None:
             batch_images=data.encode_batch_images,
             source_fingerprint=shards.fingerprint,
         )
-        begin = _beginning(Path(out), origin)
-        engine.main_does(begin)
-        engine.main_does(lambda: write_status(status, "running"))
+        engine.main_does(partial(begin_set, Path(out), origin))
+        engine.main_does(partial(write_status, status, "running"))
         encode_set(engine, vae, shards, Path(out), data)
         engine.wait()
-        engine.main_does(lambda shards=shards, out=out, origin=origin: finish_set(shards, Path(out), origin))
-    engine.main_does(lambda: write_status(status, "done"))
+        engine.main_does(partial(finish_set, shards, Path(out), origin))
+    engine.main_does(partial(write_status, status, "done"))
     if engine.is_main:
         scale = latents.describe(status)["scale"]
         program.say(f"the latents are in {', '.join(out for _, _, out in sets)}; their measured scale is {scale:.4f}")
 
 
-def _beginning(out: Path, origin: Origin) -> Any:
-    """What rank 0 does first: refuse a folder that holds something else, or say what is being made here."""
-
-    def begin() -> None:
-        if (out / "dataset.json").exists():
-            latents.check_same_origin(out, latents.describe(out), origin)
-        else:
-            said = {"format": latents.FORMAT, "kind": "latents", "complete": False, "origin": asdict(origin)}
-            files.write_json(out / "dataset.json", said)
-
-    return begin
+def begin_set(out: Path, origin: Origin) -> None:
+    """Refuse a folder that holds something else; say what is being made in a new one."""
+    if (out / "dataset.json").exists():
+        latents.check_same_origin(out, latents.describe(out), origin)
+    else:
+        said = {"format": latents.FORMAT, "kind": "latents", "complete": False, "origin": asdict(origin)}
+        files.write_json(out / "dataset.json", said)
 
 
 def encode_set(engine: Engine, vae: AutoencoderKL, shards: ShardSet, out: Path, data: DataConfig) -> None:

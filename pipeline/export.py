@@ -56,12 +56,9 @@ def export(config: Config, args: argparse.Namespace) -> None:
         program.say(f"{out} is {found.path.name} already")
         return
     pipe = checkpoint_pipeline(config, found)
-    aside = run / ".export.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    write_export(pipe, aside, config, found, passport)
-    compare(pipe, aside, config)
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
+    with files.whole_folder(out) as aside:
+        write_export(pipe, aside, config, found, passport)
+        compare(pipe, aside, config)
     program.say(f"exported {found.path.name} to {out}; it was loaded back and draws the same pixels")
 
 

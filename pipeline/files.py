@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,26 @@ def whole(path: Path, writer: int = 0) -> Generator[Path]:
             aside.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Generator[Path]:
+    """Give the name of a folder to make; when the block ends well, it takes the place of the folder `path`."""
+    aside, former = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.former")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            flush(file)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+    if path.exists():  # a folder can't be renamed over another: for a moment neither has the name
+        path.rename(former)
+    aside.rename(path)
+    flush(path.parent)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

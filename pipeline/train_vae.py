@@ -12,7 +12,6 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline import program
+from pipeline import files, program
 from pipeline.config import Config
 from pipeline.data.dataset import ImageSamples
 from pipeline.data.draws import Purpose, integer_seed
 from pipeline.engine import Engine
-from pipeline.errors import blame
+from pipeline.errors import UsageError, blame
 from pipeline.optim import build_adamw, learning_rate_at
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Course, Training
@@ -48,6 +47,11 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     engine = Engine(config.engine)
     engine.main_does(lambda: claim(run, config, IDENTITY))
 
+    if config.data.image_size % shape.downsampling_factor:
+        raise UsageError(
+            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor "
+            f"{shape.downsampling_factor} was wanted"
+        )
     side = config.data.image_size // shape.downsampling_factor
     with blame("data.train_images"):
         samples = ImageSamples(
@@ -98,11 +102,8 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         pass
 
     def finish() -> str:
-        aside = run / ".autoencoder.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        autoencoder.save_pretrained(aside)
-        shutil.rmtree(run / "autoencoder", ignore_errors=True)
-        aside.rename(run / "autoencoder")
+        with files.whole_folder(run / "autoencoder") as aside:
+            autoencoder.save_pretrained(aside)
         write_status(run, "done", step=settings.steps)
         return weights_sha256(autoencoder)
 

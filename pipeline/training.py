@@ -87,6 +87,8 @@ class Training:
         )
         resumed = self._newest()
         self.start = resumed.step if resumed else 0
+        if self.start > course.steps:
+            raise UsageError(f"{run}: has made {self.start} steps already, {course.steps} were asked for")
         if resumed:  # weights before the ranks wrap the model, moments after
             self.data.check_continues(resumed.state["data"])
             self.data = DataState(**resumed.state["data"])

@@ -170,3 +170,19 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path, size: int) -> None:
     data = random.Random(size).randbytes(size)
     (tmp_path / "a.bin").write_bytes(data)
     assert files.sha256(tmp_path / "a.bin") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    (tmp_path / ".place.part").mkdir()
+    (tmp_path / ".place.part" / "left by a killed process").touch()
+    for content in ("first", "second"):
+        with files.whole_folder(place) as aside:
+            aside.mkdir()
+            (aside / "file").write_text(content)
+        assert [p.name for p in place.iterdir()] == ["file"] and (place / "file").read_text() == content
+    with pytest.raises(ValueError, match="no"), files.whole_folder(place) as aside:
+        aside.mkdir()
+        raise ValueError("no")
+    assert (place / "file").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["place"]

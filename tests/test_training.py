@@ -38,6 +38,8 @@ def test_eight_steps_are_four_and_four(world: World) -> None:
     assert world.status(parts) == {"state": "done", "step": 8, "reason": None}
     resumed = world.do("train", f"run_dir={parts}")  # a finished run
     assert resumed == [0] and losses(straight) == losses(parts)
+    assert world.do("train", f"run_dir={parts}", "train.steps=6") == [2]
+    assert "has made 8 steps already, 6 were asked for" in world.said()
     unet = UNet2DConditionModel.from_pretrained(parts / "checkpoints" / "step-000000008" / "unet")
     assert unet.config["num_class_embeds"] == 11
 
@@ -92,6 +94,12 @@ def test_a_class_that_the_config_does_not_know_is_refused(world: World) -> None:
     assert world.do("train", "conditioning.num_classes=7") == [2]
     assert "class id 9 came, 0 to 6 was wanted" in world.said() and "Traceback" not in world.said()
     assert world.status()["state"] == "usage"
+
+
+def test_an_image_size_that_the_vae_cannot_halve_is_refused(world: World) -> None:
+    for verb in ("train_vae", "encode"):
+        assert world.do(verb, "data.image_size=17", f"vae.run_dir={world.root / 'vae'}") == [2]
+    assert world.said().count("data.image_size: 17 came, a multiple of the VAE's factor 2 was wanted") == 2
 
 
 def test_a_torn_latent_shard_is_named(world: World, made: World) -> None:
