@@ -64,8 +64,7 @@ test: env
 	$(BIN)/basedpyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system"
 
-system-# One thread: the tests' tensors are small, and threads that wait for busy cores spin.
-test: env
+system-test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system
 
 clean:

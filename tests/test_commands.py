@@ -328,7 +328,7 @@ def test_shards_that_are_not_ready(do: Do, config: Path, tmp_path: Path, made: A
     made(tmp_path / "shards")
     done = do("train-vae", config, f"data.train_images={tmp_path}/shards")
     assert (done.code, done.out) == (2, "")
-    assert done.line.startswith(f"error: {tmp_path}/shards: {told}")
+    assert done.line.startswith(f"error: data.train_images: {tmp_path}/shards: {told}")
     assert status(tmp_path / "vae") == {"state": "usage", "step": 0, "reason": done.line.removeprefix("error: ")}
 
 
@@ -373,7 +373,10 @@ def test_a_program_that_is_done_says_so_and_the_next_asks_for_the_one_between(
 
     done = do("train", config)  # encode comes first
     assert done.code == 2
-    assert done.line == f"error: {tmp_path}/latents: no such folder of latents; run encode with this config first"
+    assert (
+        done.line
+        == f"error: data.train_latents: {tmp_path}/latents: no such folder of latents; run encode with this config first"
+    )
     assert status(tmp_path / "run")["state"] == "usage"
 
     done = do("export", config)  # train comes first

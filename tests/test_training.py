@@ -141,6 +141,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_names_the_step(world: W
         ema=before.ema(),
         state={name: state[name] for name in ("data", "latents")},
     )
+    shutil.copy(world.run_dir / "config.yaml", world.root / "poisoned")
     assert world.do("train", f"run_dir={world.root / 'poisoned'}") == [1]
     assert "step 5, positions 48 to 59: loss nan" in world.said() and "Traceback" not in world.said()
     assert world.status(world.root / "poisoned")["state"] == "failed"

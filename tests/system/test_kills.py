@@ -17,7 +17,7 @@ from world import World, losses
 
 from pipeline import checkpoint
 
-KILLS = int(os.environ.get("KILLS", "6"))  # per case; the same test with more of them is the long run
+KILLS = int(os.environ.get("KILLS", "10"))  # per case; the same test with more of them is the long run
 STEPS = 24
 
 
