@@ -373,10 +373,8 @@ def test_a_program_that_is_done_says_so_and_the_next_asks_for_the_one_between(
 
     done = do("train", config)  # encode comes first
     assert done.code == 2
-    assert (
-        done.line
-        == f"error: data.train_latents: {tmp_path}/latents: no such folder of latents; run encode with this config first"
-    )
+    told = f"data.train_latents: {tmp_path}/latents: no such folder of latents; run encode with this config first"
+    assert done.line == f"error: {told}"
     assert status(tmp_path / "run")["state"] == "usage"
 
     done = do("export", config)  # train comes first
