@@ -9,12 +9,13 @@ LAUNCH := $(BIN)/accelerate launch --config_file configs/engine/one.yaml
 VERB := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test system-test lint clean
+.PHONY: help env demo test system-test soak clean
 
 help:
 	@echo "make demo         train a latent diffusion model on real handwritten digits and look at what it draws"
 	@echo "make test         lint, types and the test suite"
 	@echo "make system-test  several ranks, kills, restarts, a full disk"
+	@echo "make soak         the kill tests at full count; writes benchmarks/results/kills.jsonl"
 	@echo "make env          .venv with the locked versions (the targets above call it)"
 	@echo "make clean        remove what demo made: data/digits and runs/digits_*"
 
@@ -66,6 +67,11 @@ test: env
 
 system-test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system
+
+# What takes longer than a test may: its lines are committed.
+soak: env
+	mkdir -p benchmarks/results
+	set -o pipefail; $(BIN)/python benchmarks/kills.py | grep '^{' | tee benchmarks/results/kills.jsonl
 
 clean:
 	rm -rf data/digits runs/digits_class runs/digits_vae

@@ -149,8 +149,9 @@ def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float,
         prefix = f"guidance_{guidance_scale:g}"
         add(prefix, images, asked_labels(config))
         for name in ("recall", "coverage"):  # at equal numbers of images: both grow with the number
-            if f"{prefix}/{name}_equal_n" in scores:
-                share = float(scores[f"{prefix}/{name}_equal_n"]) / float(scores[f"validation/{name}"])
+            of_validation = float(scores[f"validation/{name}"])
+            if f"{prefix}/{name}_equal_n" in scores and of_validation > 0:
+                share = float(scores[f"{prefix}/{name}_equal_n"]) / of_validation
                 scores[f"{prefix}/{name}_of_validation"] = share
         first = images[:NEIGHBOUR_SAMPLES]
         found, _ = nearest(train, first, min(NEIGHBOURS, len(train)))
