@@ -5,7 +5,6 @@ CONFIG ?= configs/digits_class.yaml
 RUN ?= runs/digits_class
 BIN := .venv/bin
 STAMP := .venv/.complete
-LAUNCH := $(BIN)/accelerate launch --config_file configs/engine/one.yaml
 VERB := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
@@ -33,11 +32,11 @@ demo: env
 	@echo "1/7 prepare: scikit-learn's handwritten digits, real images, become WebDataset tars"
 	@$(VERB) prepare digits data/digits
 	@echo "2/7 train-vae: an autoencoder that turns 32×32 pixels into 8×8 latents"
-	@$(LAUNCH) pipeline/train_vae.py $(CONFIG)
+	@$(VERB) train-vae $(CONFIG)
 	@echo "3/7 encode: every image becomes the moments of its latent"
-	@$(LAUNCH) pipeline/encode.py $(CONFIG)
+	@$(VERB) encode $(CONFIG)
 	@echo "4/7 train: a U-Net learns to denoise latents of the class it is told"
-	@$(LAUNCH) pipeline/train.py $(CONFIG)
+	@$(VERB) train $(CONFIG)
 	@echo "5/7 export: a folder that diffusers opens"
 	@$(VERB) export $(CONFIG)
 	@echo "6/7 sample: ten images of each class"

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils.logging import disable_progress_bar
 
 from pipeline import checkpoint, class_conditional, files, program, sampler
 from pipeline.checkpoint import Checkpoint
@@ -105,6 +106,7 @@ def write_export(
 
 def compare(pipe: ClassConditionalPipeline, folder: Path, config: Config) -> None:
     """Load the folder as a user does, and draw the same images with both.  Raises RunError where they differ."""
+    disable_progress_bar()  # of loading three small files
     loaded: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     loaded.set_progress_bar_config(disable=True)
     num_classes = config.conditioning.num_classes

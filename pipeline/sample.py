@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
 from pipeline import files, program, sampler
@@ -72,6 +73,7 @@ def open_export(folder: Path, config: Config) -> ClassConditionalPipeline:
     """RUN/export in plain diffusers, on the GPU where there is one.  Raises UsageError where it is missing."""
     if not (folder / "model_index.json").exists():
         raise UsageError(f"{folder}: no export here; run: python -m pipeline export with this config")
+    disable_progress_bar()  # of loading three small files
     pipe = cast(ClassConditionalPipeline, DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() and config.engine.device == "auto" else "cpu")

@@ -32,7 +32,7 @@ def image_scores(
         recall_equal_n, coverage_equal_n
                                 the same on the first `num_images_equal_n` = len(validation_images) images
         near_copy_share         share nearer to a training image than any validation image is; about 0 is good
-        near_copy_threshold_levels, nearest_train_median_levels, nearest_train_median_validation_levels
+        near_copy_threshold_levels, nearest_train_median_levels
                                 pixel distances behind it, root mean square in levels of 0..255
         num_images, num_train_images
 
@@ -75,5 +75,4 @@ def image_scores(
         "near_copy_share": copies.share,
         "near_copy_threshold_levels": copies.threshold_levels,
         "nearest_train_median_levels": copies.median_samples_levels,
-        "nearest_train_median_validation_levels": copies.median_validation_levels,
     }

@@ -12,7 +12,7 @@ NAMES = {
     *("num_images", "num_train_images", "class_accuracy", "frechet_distance"),
     *("kernel_distance", "kernel_distance_std", "precision", "recall", "density", "coverage"),
     *("recall_equal_n", "coverage_equal_n", "num_images_equal_n", "near_copy_share"),
-    *("near_copy_threshold_levels", "nearest_train_median_levels", "nearest_train_median_validation_levels"),
+    *("near_copy_threshold_levels", "nearest_train_median_levels"),
 }
 
 
