@@ -82,7 +82,7 @@ def save(
     aside = folder / f".{final.name}.part"
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        _write_model(aside / name, model, dict(model.named_parameters()) | dict(model.named_buffers()))
+        _write_model(aside / name, model, model.state_dict())
         for profile, tensors in ema.items():
             _write_model(aside / "ema" / profile, model, tensors)
         for moment, tensors in moments.items():
