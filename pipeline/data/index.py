@@ -59,14 +59,14 @@ def build_index(
         recorded = pool.map(lambda path: None if verify else _recorded(path, required), shards)
         known = dict(zip(shards, recorded, strict=True))
         rest = [path for path, found in known.items() if found is None]
-        sizes = [path.stat().st_size for path in rest]
+        sizes = [path.stat().st_size if path.is_file() else 0 for path in rest]
         with tqdm(
             total=sum(sizes),
             desc=f"index {folder}",
             unit="B",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not rest,
+            delay=2,  # seconds: a small folder needs none
         ) as bar:
             for path, size, read in zip(rest, sizes, pool.map(lambda path: _read(path, required), rest), strict=True):
                 known[path] = read
