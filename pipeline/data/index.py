@@ -1,227 +1,154 @@
-"""tar → offsets: a header-only scan that trusts nothing, kept beside the shards.
+"""tars → index: what lies in each shard of a folder, kept beside the shards.
 
-A shard is a WebDataset tar: members named KEY.PART, the parts of a key side by side.  A torn tar reads without
-any error in most readers, so every header's checksum and both end-of-archive blocks are checked here, once, and
-training reads samples by offset afterwards.  `index/manifest.json` lists the shards with size, count and SHA-256;
-`index/NAME.npz` holds a shard's keys and offsets.
+`index/manifest.json` lists the shards with size, count and SHA-256; `index/NAME.npz`, a shard's sidecar, holds its
+keys and offsets, and bears the shard's own time of last change: while the two times agree, and the size, the shard
+is not read again.  So nothing in these files depends on when, or in how many goes, they were made.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import shutil
+import time
 import zipfile
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pipeline import files
+from pipeline.data.tar import BadShardError, ShardIndex, scan
 from pipeline.errors import UsageError
 
-BLOCK = 512  # bytes: tar's unit
 FORMAT = 1
-ABSENT = (-1, 0)
-META = re.compile(r"__[^/]*__(/|$)")  # members that webdataset passes over as metadata
-
-
-class BadShardError(ValueError):
-    """A tar that can't be trusted: name, byte offset and reason."""
-
-    def __init__(self, path: Path, offset: int, reason: str) -> None:
-        super().__init__(f"{path}: at byte {offset}: {reason}")
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what a torn sidecar may raise
+SETTLED_NS = 2_000_000_000  # a younger shard may change again without a new time: file systems' clocks are coarse
+UNKNOWN_NS = 0
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """Where the parts of each sample lie in one tar."""
+class _Known:
+    """What is known of a shard: its entry in the manifest, where its sidecar lies, and what is wrong, if anything."""
 
-    keys: tuple[str, ...]
-    parts: tuple[str, ...]  # sorted names of all parts that occur, such as ("cls", "png")
-    offsets: NDArray[np.int64]  # [samples, parts, 2]: byte offset and size; (-1, 0) where a sample lacks a part
-
-    def save(self, path: Path) -> None:
-        """Write `path` (npz, no pickle)."""
-        keys = np.array([key.encode() for key in self.keys], dtype=np.bytes_)
-        parts = np.array([part.encode() for part in self.parts], dtype=np.bytes_)
-        with files.whole(path) as aside, aside.open("wb") as file:
-            np.savez(file, keys=keys, parts=parts, offsets=self.offsets)
-
-    @staticmethod
-    def load(path: Path) -> ShardIndex:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return ShardIndex(
-                tuple(bytes(key).decode() for key in arrays["keys"]),
-                tuple(bytes(part).decode() for part in arrays["parts"]),
-                arrays["offsets"],
-            )
+    entry: dict[str, Any]
+    sidecar: Path | None
+    wrong: str = ""
 
 
-def scan(path: Path) -> ShardIndex:
-    """Read a tar's headers only.  Raises BadShardError with the byte offset of the first thing that is wrong."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    current: str | None = None
-    with path.open("rb") as file:
-        for name, offset, size in _members(path, file):
-            key, part = _split(path, name, offset)
-            if key != current and key in samples:
-                raise BadShardError(
-                    path, offset, f"the parts of key {key!r} do not lie side by side, or it comes twice"
-                )
-            current = key
-            if part in samples.setdefault(key, {}):
-                raise BadShardError(path, offset, f"{name!r} comes twice")
-            samples[key][part] = (offset, size)
-    parts = sorted({part for sample in samples.values() for part in sample})
-    offsets = np.full((len(samples), len(parts), 2), ABSENT, dtype=np.int64)
-    for row, sample in enumerate(samples.values()):
-        for part, place in sample.items():
-            offsets[row, parts.index(part)] = place
-    return ShardIndex(tuple(samples), tuple(parts), offsets)
-
-
-def _split(path: Path, name: str, offset: int) -> tuple[str, str]:
-    folder, slash, base = name.rpartition("/")
-    stem, dot, part = base.partition(".")  # as webdataset: the key ends at the first dot of the last name
-    if not stem or not dot or not part or "\0" in name:
-        raise BadShardError(path, offset, f"member {name!r} is not named KEY.PART")
-    if name.startswith("/") or ".." in folder.split("/"):
-        raise BadShardError(path, offset, f"member {name!r} points out of the archive")
-    if META.match(name) or part.startswith("__"):
-        raise BadShardError(path, offset, f"member {name!r} has a name that WebDataset keeps for itself")
-    return folder + slash + stem, part.lower()
-
-
-def _members(path: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, data offset, size) of each regular file, up to both end-of-archive blocks."""
-    total = path.stat().st_size
-    position = 0
-    said: dict[bytes, bytes] = {}  # by an extended header, of the member after it
-    while True:
-        file.seek(position)
-        header = file.read(BLOCK)
-        if len(header) < BLOCK:
-            raise BadShardError(path, position, "the tar ends without its two end-of-archive blocks: it is cut short")
-        if not any(header):
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise BadShardError(path, position, "one end-of-archive block without the second: it is cut short")
-            _check_rest(path, file)
-            return
-        kind, size = header[156:157], _check_header(path, header, position)
-        if kind not in b"xgL" and b"size" in said:
-            size = int(said[b"size"])
-        start, data, position = position, position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
-        if position > total:
-            raise BadShardError(path, data, f"a member of {size} bytes reaches past the end of the file")
-        match kind:
-            case b"0" | b"\0":
-                name, said = _name(path, header, start, said), {}
-                yield name, data, size
-            case b"x" | b"g" | b"L":
-                file.seek(data)
-                new = _extended(path, kind, file.read(size), data)
-                if kind == b"g" and new:
-                    raise BadShardError(path, data, "a global header gives all members one path or size")
-                said |= new
-            case b"5":  # a folder
-                said = {}
-            case _:
-                raise BadShardError(path, start, f"member of type {kind!r}: only regular files are read")
-
-
-def _check_rest(path: Path, file: BinaryIO) -> None:
-    """After the end only padding may come: a hole of zeros among the members looks like an end, too."""
-    while rest := file.read(1 << 20):
-        if any(rest):
-            at = file.tell() - len(rest.lstrip(b"\0"))
-            raise BadShardError(path, at, "more bytes after the end-of-archive blocks: a hole, or a second archive")
-
-
-def _check_header(path: Path, header: bytes, offset: int) -> int:
-    """The member's size, after the checksum has been found right (POSIX ustar, strictly)."""
-    stored = _octal(header[148:156])
-    if stored is None:
-        raise BadShardError(path, offset, "not a tar header (its checksum field is malformed)")
-    if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise BadShardError(path, offset, "the header's checksum is wrong")
-    field = header[124:136]
-    size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)  # base-256: 8 GiB and more
-    if size is None:
-        raise BadShardError(path, offset, f"the header's size field is not octal: {field!r}")
-    return size
-
-
-def _octal(field: bytes) -> int | None:
-    """The number in a header's field: octal digits, with blanks before and blanks or NULs after them."""
-    digits = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
-    return int(digits[1] or b"0", 8) if digits else None
-
-
-def _name(path: Path, header: bytes, offset: int, said: dict[bytes, bytes]) -> str:
-    name = header[:100].split(b"\0")[0]
-    if b"path" in said:
-        name = said[b"path"]
-    elif header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0")[0]):
-        name = prefix + b"/" + name
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise BadShardError(path, offset, f"the member's name is not UTF-8: {name!r}") from None
-
-
-def _extended(path: Path, kind: bytes, record: bytes, offset: int) -> dict[bytes, bytes]:
-    """The path and size that a GNU long-name member (L) or a pax header (x, g) gives the next member."""
-    if kind == b"L":
-        return {b"path": record.split(b"\0")[0]}
-    said: dict[bytes, bytes] = {}
-    while record:  # lines "LENGTH KEY=VALUE\n", LENGTH counting the whole line (POSIX pax)
-        begin = re.match(rb"(\d{1,18}) ([^=]+)=", record)
-        length = int(begin[1]) if begin else 0
-        if not begin or not begin.end() < length <= len(record) or record[length - 1 : length] != b"\n":
-            raise BadShardError(path, offset, "a malformed extended header")
-        key, value, record = begin[2], record[begin.end() : length - 1], record[length:]
-        if key.startswith(b"GNU.sparse.") or (key == b"size" and not re.fullmatch(rb"\d{1,18}", value)):
-            raise BadShardError(path, offset, f"an extended header with {key!r}: only regular files are read")
-        if key in (b"path", b"size"):
-            said[key] = value
-    return said
-
-
-def build_index(folder: Path, required: tuple[frozenset[str], ...] = (), source: dict[str, Any] | None = None) -> None:
-    """Scan every tar of a folder and write `index/`.
+def build_index(
+    folder: Path,
+    required: tuple[frozenset[str], ...] = (),
+    source: dict[str, Any] | None = None,
+    workers: int | None = None,
+    verify: bool = False,
+) -> None:
+    """Read the tars of a folder that are new or have changed, and write `index/`.
 
     `required`: of each set of part names, every sample must have one.  `source`: what made the shards, kept in the
-    manifest.  Raises UsageError naming every bad shard, in one line each, before anything is written.
+    manifest.  `workers`: how many shards are read at once; one per core where None.  `verify`: read all shards again.
+    Raises UsageError naming every bad shard, in one line each, before `index/` is touched.  The sidecars of the good
+    ones wait in `.index.part/`, there or after a kill, and the next call goes on with the rest.
     """
     shards = list_shards(folder)
-    wrong: list[str] = []
-    for path in shards:
-        try:
-            check_parts(path, scan(path), required)
-        except BadShardError as error:
-            wrong.append(str(error))
-    if wrong:
+    # Threads: hashing, most of the work, runs beside Python, and none outlives a killed program.
+    with ThreadPoolExecutor(workers or _num_cores()) as pool:
+        recorded = pool.map(lambda path: None if verify else _recorded(path, required), shards)
+        known = dict(zip(shards, recorded, strict=True))
+        rest = [path for path, found in known.items() if found is None]
+        sizes = [path.stat().st_size if path.is_file() else 0 for path in rest]
+        with tqdm(
+            total=sum(sizes),
+            desc=f"index {folder}",
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+            delay=2,  # seconds: a small folder needs none
+        ) as bar:
+            for path, size, read in zip(rest, sizes, pool.map(lambda path: _read(path, required), rest), strict=True):
+                known[path] = read
+                bar.update(size)
+    found = [of_shard for of_shard in known.values() if of_shard is not None]
+    if wrong := [of_shard.wrong for of_shard in found if of_shard.wrong]:
         raise UsageError("\n".join(wrong))
-    entries: list[dict[str, Any]] = []
-    for path in shards:  # scanned again: the offsets of all shards may not fit in memory
-        index = scan(path)
-        index.save(_sidecar(folder, path.name))
-        entries.append(
-            {
-                "name": path.name,
-                "bytes": path.stat().st_size,
-                "samples": len(index.keys),
-                "parts": list(index.parts),
-                "sha256": files.sha256(path),
-            }
+    _publish(folder, found, source)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _recorded(path: Path, required: tuple[frozenset[str], ...]) -> _Known | None:
+    """What a sidecar says of a shard that has not changed since."""
+    try:
+        now = path.stat()
+        for sidecar in (_sidecar(path), _waiting(path)):
+            if sidecar.is_file() and sidecar.stat().st_mtime_ns == now.st_mtime_ns:
+                index = ShardIndex.load(sidecar)
+                if index.sha256 and index.num_bytes == now.st_size:
+                    return _judged(path, sidecar, index, required)
+    except UNREADABLE:
+        pass  # to be read again
+    return None
+
+
+def _read(path: Path, required: tuple[frozenset[str], ...]) -> _Known:
+    """Read a shard once, for its headers and its SHA-256, and write its sidecar."""
+    try:
+        before, begin_ns = path.stat(), time.time_ns()
+        index = scan(path, whole=True)
+        after = path.stat()
+    except BadShardError as error:
+        return _Known({}, None, str(error))
+    except OSError as error:
+        return _Known({}, None, f"{path}: unreadable ({error.strerror})")
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        return _Known({}, None, f"{path}: changed while it was read; run the same command again when it is complete")
+    former = _recorded(path, ())
+    if former and former.entry["sha256"] != index.sha256:
+        return _Known(
+            {},
+            None,
+            f"{path}: SHA-256 {index.sha256} came, {former.entry['sha256']} was indexed, and neither size nor time of "
+            "last change differ: it is damaged; restore it, or touch it to have it indexed as it is",
         )
+    settled = begin_ns - before.st_mtime_ns > SETTLED_NS
+    index.save(_waiting(path), before.st_mtime_ns if settled else UNKNOWN_NS)
+    return _judged(path, _waiting(path), index, required)
+
+
+def _judged(path: Path, sidecar: Path, index: ShardIndex, required: tuple[frozenset[str], ...]) -> _Known:
+    entry = {
+        "name": path.name,
+        "bytes": index.num_bytes,
+        "samples": len(index.keys),
+        "parts": list(index.parts),
+        "sha256": index.sha256,
+    }
+    try:
+        check_parts(path, index, required)
+    except BadShardError as error:
+        return _Known(entry, sidecar, str(error))
+    return _Known(entry, sidecar)
+
+
+def _publish(folder: Path, found: list[_Known], source: dict[str, Any] | None) -> None:
+    """Put the new sidecars in their places, then the manifest; remove what belongs to no shard."""
+    index = folder / "index"
+    index.mkdir(exist_ok=True)
+    for of_shard in found:
+        if of_shard.sidecar is not None and of_shard.sidecar.parent != index:
+            of_shard.sidecar.replace(index / of_shard.sidecar.name)
+    files.flush(index)
+    entries = [of_shard.entry for of_shard in found]
     manifest = {"format": FORMAT, "fingerprint": files.fingerprint(entries), "shards": entries, "source": source}
-    files.write_json(folder / "index" / "manifest.json", manifest)
+    files.write_json(index / "manifest.json", manifest)
+    for stray in set(index.glob("*.npz")) - {_sidecar(folder / entry["name"]) for entry in entries}:
+        stray.unlink()
+    shutil.rmtree(folder / ".index.part", ignore_errors=True)
 
 
 def check_parts(path: Path, index: ShardIndex, required: tuple[frozenset[str], ...]) -> None:
@@ -245,8 +172,13 @@ def list_shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _sidecar(folder: Path, name: str) -> Path:
-    return folder / "index" / f"{name.removesuffix('.tar')}.npz"
+def _sidecar(path: Path) -> Path:
+    return path.parent / "index" / f"{path.name.removesuffix('.tar')}.npz"
+
+
+def _waiting(path: Path) -> Path:
+    """A shard's sidecar before all shards have been found good."""
+    return path.parent / ".index.part" / _sidecar(path).name
 
 
 class ShardSet:
@@ -268,6 +200,7 @@ class ShardSet:
         self.fingerprint: str = manifest["fingerprint"]
         self.names: list[str] = [entry["name"] for entry in manifest["shards"]]
         self.counts: list[int] = [entry["samples"] for entry in manifest["shards"]]
+        self._sha256: list[str] = [entry["sha256"] for entry in manifest["shards"]]
         for entry in manifest["shards"]:
             path = folder / entry["name"]
             size = path.stat().st_size if path.is_file() else None
@@ -285,14 +218,19 @@ class ShardSet:
         return sum(self.counts)
 
     def _load_index(self, shard: int) -> ShardIndex:
-        path = _sidecar(self.folder, self.names[shard])
+        path = _sidecar(self.folder / self.names[shard])
         try:
             index = ShardIndex.load(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise UsageError(f"{path}: unreadable ({error}); run: python -m pipeline index {self.folder}") from None
         if len(index.keys) != self.counts[shard]:
             raise UsageError(
                 f"{path}: {len(index.keys)} samples came, the manifest says {self.counts[shard]}; "
+                f"run: python -m pipeline index {self.folder}"
+            )
+        if index.sha256 not in ("", self._sha256[shard]):  # as after a kill between the sidecars and the manifest
+            raise UsageError(
+                f"{path}: of a shard with SHA-256 {index.sha256}, the manifest says {self._sha256[shard]}; "
                 f"run: python -m pipeline index {self.folder}"
             )
         return index

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from pipeline.data.index import BLOCK, BadShardError, ShardIndex, scan
+from pipeline.data.tar import BLOCK, BadShardError, ShardIndex, scan
 
 Places = dict[str, dict[str, tuple[int, int]]]  # key → part → (offset, size)
 WriteTar = Callable[..., Path]

@@ -14,7 +14,8 @@ from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
 from pipeline import files
-from pipeline.data.index import BLOCK, ShardSet, build_index
+from pipeline.data.index import ShardSet, build_index
+from pipeline.data.tar import BLOCK
 from pipeline.errors import UsageError
 
 IMAGE = (frozenset({"jpg", "png"}),)
