@@ -27,8 +27,8 @@ SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations whose stored rows are co
 FROM_RIGHT = frozenset({2, 3, 6, 7})  # whose first stored pixel belongs to the right,
 FROM_BOTTOM = frozenset({3, 4, 7, 8})  # and to the bottom
 # A JPEG is decoded at 1/2, 1/4 or 1/8 where so many times the wanted size is left for the antialiased bicubic.
-# Straight to the wanted size would be faster, but photographs came out 30 to 36 dB from those fully decoded.
-JPEG_MARGIN = 1.3
+# PSNR of two photographs to their full decode: 40 dB or more at 1.5 (39.3 where every pixel is sharp), 36.6 at 1.3.
+JPEG_MARGIN = 1.5
 
 
 def decode(data: bytes, size: int, *, along: float | None = None, mirrored: bool = False) -> NDArray[np.uint8]:
