@@ -34,7 +34,16 @@ class DataConfig(Section):
         default=None, min_length=1, description="The same for the held-out images.", json_schema_extra=FREE
     )
     image_size: int = Field(
-        gt=0, description="Side of the square training images, pixels: short side scaled to it, centre cut."
+        gt=0, description="Side of the square training images, pixels: short side scaled to it, a square cut."
+    )
+    crop: Literal["centre", "random"] = Field(
+        default="centre",
+        description="Where train-vae cuts the square; random: drawn uniformly along the longer side for each sample. "
+        "encode and evaluate always cut the centre.",
+    )
+    flip: bool = Field(
+        default=False,
+        description="train-vae mirrors each sample, left to right, with probability 1/2. encode and evaluate never do.",
     )
     lanes: int = Field(
         default=240,

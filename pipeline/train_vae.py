@@ -61,6 +61,8 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
             block=config.data.shuffle_block,
             size=config.data.image_size,
             latent_shape=(shape.latent_channels, side, side),
+            crop=config.data.crop,
+            flip=config.data.flip,
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 1))

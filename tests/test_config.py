@@ -463,6 +463,8 @@ def test_the_identity_holds_what_may_not_change(path: Path) -> None:
     assert {
         "seed",
         "data.image_size",
+        "data.crop",
+        "data.flip",
         "data.lanes",
         "data.shuffle_block",
         "vae.model.latent_channels",

@@ -66,6 +66,22 @@ def test_the_vae_goes_on_exactly(made: World, tmp_path: Path) -> None:
     assert losses(straight) == losses(parts)
 
 
+def test_the_vae_goes_on_exactly_with_its_flips(made: World, tmp_path: Path) -> None:
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    log = tmp_path / "log.txt"
+    words = ("checkpoint.every_steps=2", "data.flip=true", "data.crop=random")
+    assert made.do("train_vae", f"vae.run_dir={straight}", *words, log=log) == [0], log.read_text()
+    assert losses(straight) != losses(made.root / "vae")
+    shutil.copytree(straight, parts)
+    for path in checkpoint.list_steps(parts / "checkpoints")[:2]:
+        shutil.rmtree(path)
+    assert made.do("train_vae", f"vae.run_dir={parts}", *words, "data.flip=false", log=log) == [2]
+    assert "data.flip was True, now False" in log.read_text()
+    assert made.do("train_vae", f"vae.run_dir={parts}", *words, "data.workers=2", log=log) == [0], log.read_text()
+    assert_same_weights(straight, parts, 8)
+    assert losses(straight) == losses(parts)
+
+
 def test_a_run_folder_keeps_its_config(world: World) -> None:
     assert world.do("train", "train.steps=4") == [0], world.said()
     assert world.do("train", "optimizer.learning_rate=0.5", "ema.decays=[0.7]") == [2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -94,16 +94,29 @@ class ImageSamples(Samples):
     """For the autoencoder: `x` float32 [3,H,W] in [-1,1], `posterior_noise` float32 [C,h,w]."""
 
     def __init__(
-        self, folder: Path, *, seed: int, lanes: int, block: int, size: int, latent_shape: tuple[int, int, int]
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        lanes: int,
+        block: int,
+        size: int,
+        latent_shape: tuple[int, int, int],
+        crop: Literal["centre", "random"] = "centre",
+        flip: bool = False,
     ) -> None:
-        """`size`: pixels; `latent_shape`: (C, h, w) of the posterior's noise."""
+        """`size`: pixels; `latent_shape`: (C, h, w) of the posterior's noise; `crop`, `flip`: see DataConfig."""
         super().__init__(folder, seed, lanes, block)
         self.size, self.latent_shape = size, latent_shape
+        self.crop: Literal["centre", "random"] = crop
+        self.flip = flip
 
     def sample(self, position: int, parts: dict[str, bytes]) -> dict[str, Any]:
         """See the class."""
+        along = draws.uniform(self.seed, Purpose.CROP, position) if self.crop == "random" else None
+        mirrored = self.flip and draws.uniform(self.seed, Purpose.FLIP, position) < 0.5
         return {
-            "x": images.to_unit(images.decode(image_part(parts), self.size)),
+            "x": images.to_unit(images.decode(image_part(parts), self.size, along=along, mirrored=mirrored)),
             "posterior_noise": draws.normal(self.seed, Purpose.POSTERIOR, position, self.latent_shape),
         }
 

@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     SAMPLE = 7
     INITIAL_WEIGHTS = 8
     LINE_START = 9
+    CROP = 10
+    FLIP = 11
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:

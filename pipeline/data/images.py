@@ -1,8 +1,9 @@
-"""Bytes → pixels: decode what is allowed, never more than a limit, scale the short side, cut the centre."""
+"""Bytes → pixels: decode what is allowed, never more than a limit, scale the short side, cut a square."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from typing import Any
 
@@ -22,14 +23,21 @@ TURNS = {  # EXIF orientation → what sets the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = frozenset({5, 6, 7, 8})  # EXIF orientations whose stored rows are columns,
+FROM_RIGHT = frozenset({2, 3, 6, 7})  # whose first stored pixel belongs to the right,
+FROM_BOTTOM = frozenset({3, 4, 7, 8})  # and to the bottom
+# A JPEG is decoded at 1/2, 1/4 or 1/8 where so many times the wanted size is left for the antialiased bicubic.
+# PSNR of two photographs to their full decode: 40 dB or more at 1.5 (39.3 where every pixel is sharp), 36.6 at 1.3.
+JPEG_MARGIN = 1.5
 
 
-def decode(data: bytes, size: int) -> NDArray[np.uint8]:
+def decode(data: bytes, size: int, *, along: float | None = None, mirrored: bool = False) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP to uint8 [size, size, 3], RGB.
 
     Turned as its EXIF says (broken EXIF says nothing), laid on white where it is transparent, short side scaled to
-    `size` (bicubic, antialiased), centre cut.  Raises ValueError for anything that is not such an image or has over
-    64 megapixels.
+    `size` (bicubic, antialiased), a square cut: the centre, or at `along` in [0, 1) of its places on the longer side,
+    from left or top.  `mirrored`: left and right change places.  Raises ValueError for anything that is not such an
+    image or has over 64 megapixels.
     """
     try:
         with warnings.catch_warnings():
@@ -38,7 +46,8 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}×{image.height} pixels came, at most {MAX_PIXELS:,} are read")
-                return np.asarray(_square(_rgb(_upright(image)), size))
+                square = np.asarray(_square(image, size, along))
+                return np.ascontiguousarray(square[:, ::-1]) if mirrored else square
     except (OSError, SyntaxError, Warning, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable {', '.join(FORMATS)} image: {error}") from None
 
@@ -61,14 +70,38 @@ def to_pixels(x: Any) -> NDArray[np.uint8]:
     return np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _square(image: Image.Image, size: int, along: float | None) -> Image.Image:
+    orientation = _orientation(image)
+    width, height = reversed(image.size) if orientation in SIDEWAYS else image.size  # upright
+    side = min(width, height)
+    spare = max(width, height) - side
+    start = spare // 2 if along is None else int(along * (spare + 1))
+    left, top = (start, 0) if width > height else (0, start)
+
+    divisor = _shrink(image, size)
+    upright = _rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image)
+    # A side that the divisor leaves a rest of is rounded up, at the stored right and bottom.
+    x = left / divisor + (upright.width - width / divisor if orientation in FROM_RIGHT else 0)
+    y = top / divisor + (upright.height - height / divisor if orientation in FROM_BOTTOM else 0)
+    # Cut while scaling: the whole of a long strip, scaled up, would not fit in memory.
+    box = (x, y, x + side / divisor, y + side / divisor)
+    return upright.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _orientation(image: Image.Image) -> int:
     # Not ImageOps.exif_transpose: it writes the whole EXIF anew and fails where any tag of it is broken.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's reader raises SyntaxError, struct.error, TypeError and more
         orientation = None
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+    return orientation if isinstance(orientation, int) and orientation in TURNS else 1
+
+
+def _shrink(image: Image.Image, size: int) -> int:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 where enough is left of it; the divisor."""
+    stored_width, least = image.width, math.ceil(JPEG_MARGIN * size)
+    drafted = image.draft(None, (least, least))  # None from all formats but JPEG
+    return 1 if drafted is None else round(stored_width / drafted[1][2])
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -80,12 +113,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    # Cut while scaling: the whole of a long strip, scaled up, would not fit in memory.
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image if image.mode == "RGB" else image.convert("RGB")

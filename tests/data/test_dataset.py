@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from pipeline.data import draws, latents
+from pipeline.data import draws, images, latents
 from pipeline.data.dataset import (
     Batch,
     ImageSamples,
@@ -297,6 +298,100 @@ def test_images_come_as_the_vae_reads_them(image_set: Any) -> None:
         assert np.array_equal(batch["x"][position].numpy(), wanted.transpose(2, 0, 1))
         noise = draws.normal(SEED, Purpose.POSTERIOR, position, (4, 3, 3))
         assert np.array_equal(batch["posterior_noise"][position].numpy(), noise)
+
+
+@pytest.fixture
+def wide_set(one_shard: Callable[..., Path]) -> Path:
+    """Four PNGs of 8×25; the red of a column is ten times its place, so a cut square tells where it lay."""
+    columns = np.zeros((8, 25, 3), dtype=np.uint8)
+    columns[..., 0], columns[..., 2] = 10 * np.arange(25), np.arange(8)[:, None]
+    return one_shard(*({"png": images.encode_png(columns + np.uint8([[0, i, 0]]))} for i in range(4)))
+
+
+def wide_samples(folder: Path, **changes: Any) -> ImageSamples:
+    wanted: dict[str, Any] = {"seed": SEED, "lanes": 2, "block": 2, "size": 8, "latent_shape": (4, 2, 2)}
+    return ImageSamples(folder, **wanted | changes)
+
+
+def places_and_flips(samples: ImageSamples, n: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where the squares of positions 0 to n-1 begin, and which of them are mirrored."""
+    batches = load(samples, [list(range(p, p + 100)) for p in range(0, n, 100)])
+    red = np.rint((joined(batches)["x"][:, 0, 0].numpy() + 1) * 12.75).astype(np.int64)  # [n,8]
+    mirrored = red[:, 0] > red[:, -1]
+    assert (np.abs(np.diff(red, axis=1)) == 1).all()
+    return red.min(axis=1), mirrored
+
+
+def test_crop_and_flip_are_functions_of_the_position(wide_set: Path) -> None:
+    samples = wide_samples(wide_set, crop="random", flip=True)
+    places, mirrored = places_and_flips(samples, 200)
+    for position in range(200):
+        assert places[position] == int(draws.uniform(SEED, Purpose.CROP, position) * 18)
+        assert mirrored[position] == (draws.uniform(SEED, Purpose.FLIP, position) < 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("positions", GROUPINGS.values(), ids=GROUPINGS.keys())
+def test_crop_and_flip_do_not_depend_on_workers_or_grouping(
+    wide_set: Path, positions: list[list[int]], workers: int
+) -> None:
+    wanted = joined(load(wide_samples(wide_set, crop="random", flip=True), [[p] for p in range(48)]))
+    torch.manual_seed(workers)
+    np.random.seed(workers)
+    assert equal(joined(load(wide_samples(wide_set, crop="random", flip=True), positions, workers)), wanted)
+
+
+def test_crops_are_uniform_and_half_are_mirrored(wide_set: Path) -> None:
+    n = 9000
+    places, mirrored = places_and_flips(wide_samples(wide_set, crop="random", flip=True), n)
+    assert places.min() == 0 and places.max() == 17  # the square stays inside: 18 places
+    counts = np.bincount(places, minlength=18)
+    assert np.abs(counts - n / 18).max() < 4 * np.sqrt(n * (1 / 18) * (17 / 18))
+    assert abs(mirrored.mean() - 0.5) < 4 * np.sqrt(0.25 / n)
+    assert abs(np.corrcoef(places, mirrored)[0, 1]) < 4 / np.sqrt(n)
+    assert abs(np.corrcoef(places[:-4], places[4:])[0, 1]) < 4 / np.sqrt(n)
+
+
+def test_crop_and_flip_leave_each_other_and_the_noise_alone(wide_set: Path) -> None:
+    both, cut, turned, neither = (
+        wide_samples(wide_set, crop=crop, flip=flip)
+        for crop, flip in (("random", True), ("random", False), ("centre", True), ("centre", False))
+    )
+    assert np.array_equal(places_and_flips(both, 200)[0], places_and_flips(cut, 200)[0])
+    assert np.array_equal(places_and_flips(both, 200)[1], places_and_flips(turned, 200)[1])
+    places, mirrored = places_and_flips(neither, 200)
+    assert (places == 8).all() and not mirrored.any()
+    noises = [next(load(it, [list(range(50))]))["posterior_noise"] for it in (both, cut, turned, neither)]
+    assert all(torch.equal(noise, noises[0]) for noise in noises)
+    other = wide_samples(wide_set, seed=SEED + 1, crop="random", flip=True)
+    assert not np.array_equal(places_and_flips(both, 200)[0], places_and_flips(other, 200)[0])
+
+
+def test_nothing_is_drawn_for_what_is_off(wide_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Purpose] = []
+
+    def watched(seed: int, purpose: Purpose, place: int) -> float:
+        drawn.append(purpose)
+        return uniform(seed, purpose, place)
+
+    uniform = draws.uniform
+    monkeypatch.setattr(draws, "uniform", watched)
+    for crop, flip, wanted in (
+        ("centre", False, []),
+        ("random", False, [Purpose.CROP]),
+        ("centre", True, [Purpose.FLIP]),
+        ("random", True, [Purpose.CROP, Purpose.FLIP]),
+    ):
+        drawn.clear()
+        wide_samples(wide_set, crop=crop, flip=flip)[5]
+        assert drawn == wanted
+
+
+def test_read_images_cuts_the_centre(wide_set: Path) -> None:
+    samples = wide_samples(wide_set)
+    pixels = [images.decode(image_part(samples.shards.read(0, row)[1]), 8) for row in range(4)]
+    assert all(x[0, :, 0].tolist() == [10 * (8 + i) for i in range(8)] for x in pixels)
 
 
 def test_images_are_scaled(image_set: Any) -> None:

@@ -84,6 +84,8 @@ def test_purposes_keep_their_numbers() -> None:
         "SAMPLE": 7,
         "INITIAL_WEIGHTS": 8,
         "LINE_START": 9,
+        "CROP": 10,
+        "FLIP": 11,
     }
 
 

@@ -1,5 +1,6 @@
 """Whatever a user's image is, it becomes size×size RGB, or a ValueError; and pixels survive the way to [-1,1]."""
 
+import functools
 import io
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from pipeline.data import images
 
@@ -37,6 +41,22 @@ def slopes(height: int, width: int) -> Pixels:
 
 def distance(one: Pixels, other: Pixels) -> float:
     return float(np.abs(one.astype(int) - other).max())
+
+
+def psnr_db(one: Pixels, other: Pixels) -> float:
+    return float(10 * np.log10(255**2 / np.maximum(np.square(one.astype(float) - other).mean(), 1e-9)))
+
+
+def in_full(data: bytes, size: int, along: float | None = None) -> Pixels:
+    """The square as it was always made: the whole image decoded and turned, then cut and scaled."""
+    image = Image.open(io.BytesIO(data))
+    turn = images.TURNS.get(image.getexif().get(0x0112, 1))
+    image = (image if turn is None else image.transpose(turn)).convert("RGB")
+    side, spare = min(image.size), max(image.size) - min(image.size)
+    start = spare // 2 if along is None else int(np.floor(along * (spare + 1)))
+    left, top = (start, 0) if image.width > image.height else (0, start)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def peak_growth_mib(code: str, data: bytes) -> float:
@@ -300,6 +320,170 @@ else:
 def test_a_long_strip_is_scaled_with_little_memory() -> None:
     strip = blank_png(1, 2_000_000)  # scaled up as a whole it would be 256×512,000,000
     assert peak_growth_mib("assert images.decode(data, 256).shape == (256, 256, 3)", strip) < 100
+
+
+# scaled while it is decoded ------------------------------------------------------------------------
+
+
+PHOTOGRAPHS: list[Pixels] = load_sample_images().images  # uint8 [427,640,3] each: a temple, a flower
+SIZES = [(683, 512), (1024, 768), (2048, 1536)]
+
+
+@functools.cache
+def photograph(number: int, width: int, height: int) -> Image.Image:
+    return Image.fromarray(PHOTOGRAPHS[number]).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("size", [64, 128, 170, 256])
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0}], ids=["", "progressive", "4:4:4"])
+def test_a_jpeg_is_within_40_db_of_its_full_decode(
+    number: int, width: int, height: int, size: int, settings: dict[str, Any]
+) -> None:
+    data = encoded(photograph(number, width, height), "JPEG", quality=90, **settings)
+    assert psnr_db(images.decode(data, size), in_full(data, size)) >= 40
+
+
+@pytest.mark.parametrize(("width", "height"), [(1152, 768), (768, 900), (1535, 1535), (2304, 1536), (1540, 1539)])
+def test_where_the_least_is_left_of_a_jpeg_it_is_within_40_db(width: int, height: int) -> None:
+    for number in (0, 1):
+        data = encoded(photograph(number, width, height), "JPEG", quality=90)
+        assert psnr_db(images.decode(data, 256), in_full(data, 256)) >= 40
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_photograph_as_sharp_as_its_pixels_is_within_39_db(number: int) -> None:
+    data = encoded(PHOTOGRAPHS[number], "JPEG", quality=90)
+    for size in (35, 71, 142):  # the largest that is read at 1/8, 1/4, 1/2
+        assert psnr_db(images.decode(data, size), in_full(data, size)) >= 39
+    for size in (26, 53, 106):
+        assert psnr_db(images.decode(data, size), in_full(data, size)) >= 44
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "divisor"),
+    [
+        (500, 375, 1),
+        (683, 512, 1),
+        (9000, 767, 1),
+        (768, 9000, 2),
+        (1024, 768, 2),
+        (1535, 1535, 2),
+        (1536, 1536, 4),
+        (2048, 1536, 4),
+        (3071, 3071, 4),
+        (3072, 3073, 8),
+        (6000, 6000, 8),
+    ],
+)
+def test_a_jpeg_is_scaled_where_1_5_times_the_size_is_left(width: int, height: int, divisor: int) -> None:
+    data = encoded(Image.new("L", (width, height)), "JPEG")
+    with Image.open(io.BytesIO(data)) as image:
+        assert images._shrink(image, 256) == divisor  # pyright: ignore[reportPrivateUsage]
+        assert image.size == (-(-width // divisor), -(-height // divisor))
+
+
+def test_a_jpeg_that_is_not_scaled_is_decoded_as_ever() -> None:
+    data = encoded(photograph(0, 683, 512), "JPEG", quality=90)
+    assert np.array_equal(images.decode(data, 256), in_full(data, 256))
+
+
+@pytest.mark.parametrize("along", [None, 0.0, 0.7, 1 - 2**-53])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(805, 601), (601, 805)])
+def test_a_scaled_jpeg_of_odd_size_is_turned_to_the_same_place(
+    width: int, height: int, orientation: int, along: float | None
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photograph(0, width, height), "JPEG", quality=95, exif=exif)
+    assert psnr_db(images.decode(data, 48, along=along), in_full(data, 48, along)) >= 40
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_scaled_too(mode: str) -> None:
+    data = encoded(photograph(0, 1024, 768).convert(mode), "JPEG", quality=90)
+    assert Image.open(io.BytesIO(data)).mode == mode
+    assert psnr_db(images.decode(data, 256), in_full(data, 256)) >= 40
+
+
+def test_the_first_picture_of_several_in_a_jpeg_is_scaled() -> None:
+    data = encoded(photograph(0, 1024, 768), "MPO", quality=90, save_all=True, append_images=[photograph(1, 64, 64)])
+    assert psnr_db(images.decode(data, 256), in_full(data, 256)) >= 40
+
+
+def test_half_of_a_large_jpeg_is_refused() -> None:
+    data = encoded(photograph(0, 1024, 768), "JPEG")
+    with pytest.raises(ValueError, match="not a readable JPEG, PNG, WEBP image: "):
+        images.decode(data[: len(data) // 2], 256)
+
+
+# cut and mirrored ---------------------------------------------------------------------------------
+
+
+EVERY_KIND: dict[str, bytes] = {
+    "PNG": encoded(slopes(50, 73)),
+    "PNG, upright": encoded(slopes(73, 50)),
+    "WebP": encoded(slopes(50, 73), "WEBP"),
+    "grey": encoded(slopes(50, 73)[..., 0]),
+    "palette": encoded(Image.fromarray(slopes(50, 73)).quantize(16)),
+}
+
+
+@pytest.mark.parametrize("size", [16, 41, 50, 99])
+@pytest.mark.parametrize("data", EVERY_KIND.values(), ids=EVERY_KIND.keys())
+def test_the_centre_is_what_it_always_was(data: bytes, size: int) -> None:
+    assert np.array_equal(images.decode(data, size), in_full(data, size))
+
+
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    size=st.integers(1, 80),
+    fmt=st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    orientation=st.integers(1, 8),
+    along=st.none() | st.floats(0, 1, exclude_max=True),
+    mirrored=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_size_becomes_the_square_asked_for(
+    width: int, height: int, size: int, fmt: str, orientation: int, along: float | None, mirrored: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.new("RGB", (width, height), (10, 200, 90)), fmt, exif=exif)
+    decoded = images.decode(data, size, along=along, mirrored=mirrored)
+    assert decoded.shape == (size, size, 3) and decoded.dtype == np.uint8
+    assert distance(decoded, np.full_like(decoded, (10, 200, 90))) < 8  # nothing from outside of the picture
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 33), (33, 20), (20, 20)])
+def test_a_place_along_the_longer_side_is_cut(height: int, width: int) -> None:
+    x = noise(height, width)
+    places = max(height, width) - 20 + 1
+    for place in range(places):
+        top, left = (0, place) if width > height else (place, 0)
+        for along in (place / places + 1e-9, (place + 1) / places - 1e-9):
+            assert np.array_equal(images.decode(encoded(x), 20, along=along), x[top : top + 20, left : left + 20])
+
+
+def test_the_last_draw_stays_inside() -> None:
+    for width in (21, 1000, 65_535):
+        x = np.zeros((20, width), dtype=np.uint8)
+        x[:, -20:] = 200
+        assert (images.decode(encoded(x), 20, along=1 - 2**-53) == 200).all()
+
+
+@pytest.mark.parametrize("along", [None, 0.3])
+@pytest.mark.parametrize("data", EVERY_KIND.values(), ids=EVERY_KIND.keys())
+def test_mirrored_is_exactly_that(data: bytes, along: float | None) -> None:
+    straight, mirrored = (images.decode(data, 24, along=along, mirrored=it) for it in (False, True))
+    assert np.array_equal(mirrored, straight[:, ::-1]) and mirrored.flags["C_CONTIGUOUS"]
+    assert not np.array_equal(mirrored, straight)
+
+
+# pixels and what the autoencoder reads -------------------------------------------------------------
 
 
 def test_to_unit_and_back_is_exact_for_every_value() -> None:
