@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def index(args: argparse.Namespace) -> None:
-    """Write FOLDER/index, and say what was found."""
+    """Write FOLDER/index, and say what was found.  Half a set is refused: what makes it writes the index."""
+    described = args.folder / "dataset.json"
+    if described.is_file() and files.read_json(described).get("complete") is False:
+        raise program.UsageError(f"{args.folder}: half made; run the command that makes it again, and it goes on")
     build_index(args.folder, required=(images.PARTS | {latents.PART},))
     shards = files.read_json(args.folder / "index" / "manifest.json")["shards"]
     program.say(f"{args.folder}: {sum(s['samples'] for s in shards):,} samples in {len(shards):,} shards")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.errors import UsageError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # where Debian and Ubuntu put it
 PACKAGE = "fonts-noto-color-emoji"
+END = 0x20000  # beyond it are only more ideographs
 PIXELS = 109  # the one size that Noto's bitmaps have; they are 136×128
 
 
@@ -25,7 +25,7 @@ def list_emojis(font: Path) -> list[tuple[str, str]]:
     colour bitmaps of 109 pixels.
     """
     found: list[tuple[str, str]] = []
-    for character in map(chr, range(ord(" "), sys.maxunicode + 1)):
+    for character in map(chr, range(ord(" "), END)):
         name = unicodedata.name(character, "")
         if name and _has_extent(font, character) and (_glyph(font, character) < 255).any():
             found.append((character, name.lower()))
@@ -49,10 +49,10 @@ def _has_extent(font: Path, character: str) -> bool:
 
 
 def _glyph(font: Path, character: str) -> NDArray[np.uint8]:
-    """uint8 [H,W,3], as large as the font draws it, on white."""
+    """uint8 [H,W,3], as large as the font draws it, on white; blank where the glyph has no colours of its own."""
     left, top, right, bottom = (int(edge) for edge in _open(font).getbbox(character))
     canvas = Image.new("RGB", (right - left, bottom - top), "white")
-    ImageDraw.Draw(canvas).text((-left, -top), character, font=_open(font), embedded_color=True)
+    ImageDraw.Draw(canvas).text((-left, -top), character, "white", _open(font), embedded_color=True)
     return np.asarray(canvas)
 
 

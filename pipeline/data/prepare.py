@@ -172,11 +172,11 @@ def write_set(
                 files.write_json(_record_path(folder, names[shard]), {**made, "labels": labels})
     build_index(folder, REQUIRED, made_by)
     preview.write_preview(folder, made_by["size"])
-    labels: Counter[int] = Counter()
+    total: Counter[int] = Counter()
     for name in names:
         record = _record(folder, name, made_by) or {"labels": {}}
-        labels.update({int(label): count for label, count in record["labels"].items()})
-    of_labels = {str(label): labels[label] for label in sorted(labels)}
+        total.update({int(label): count for label, count in record["labels"].items()})
+    of_labels = {str(label): total[label] for label in sorted(total)}
     done = {"complete": True, "num_samples": len(items), "label_counts": of_labels}
     files.write_json(folder / "dataset.json", said | done)
 

@@ -62,7 +62,7 @@ def contact_sheet(cells: list[tuple[NDArray[np.uint8], str]]) -> Image.Image:
             pen.rectangle((left - 1, top - 1, left + tile, top + tile), outline=FRAME)
             sheet.paste(Image.fromarray(cells[i][0]), (left, top))
             for number, line in enumerate(texts[i]):
-                pen.text((middle, top + tile + TEXT_GAP + number * LINE), line, TEXT_COLOR, font, anchor="mt")
+                pen.text((middle, top + tile + TEXT_GAP + number * LINE), line, TEXT_COLOR, font, anchor="ma")
         top += height + GAP
     return sheet
 
