@@ -88,7 +88,5 @@ def prepare(args: argparse.Namespace) -> None:
                 image_format=args.format or "png",
                 **shared,
             )
-    program.say(
-        f"the shards are in {args.out / 'train'} and {args.out / 'validation'}; "
-        f"look at {args.out / 'train' / 'preview.png'}"
-    )
+    program.say(f"look at {args.out / 'train' / 'preview.png'}")
+    program.say(f"the shards are in {args.out / 'train'} and {args.out / 'validation'}")

@@ -154,7 +154,7 @@ def write_set(
     made_by: dict[str, Any],
     workers: int,
 ) -> None:
-    """Write the shards that are not there yet, then their index, the contact sheet, and that the set is complete."""
+    """Write the shards that are not there yet, their index, the contact sheet, and last that the set is complete."""
     names = _shard_names(sizes)
     said = {"format": FORMAT, "kind": "images", "complete": False, "made_by": made_by}
     files.write_json(folder / "dataset.json", said)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipeline.data import images
 from pipeline.data.index import ShardSet
-from pipeline.data.prepare import prepare_digits
+from pipeline.data.prepare import prepare_digits, prepare_folder
 from pipeline.data.preview import GAP, MARGIN, NUM_COLUMNS, TILE, contact_sheet
 
 SIZE = 24
@@ -36,6 +36,9 @@ def test_small_sets_and_long_or_missing_texts_fit() -> None:
 
 
 def test_large_images_are_scaled_down(tmp_path: Path) -> None:
-    prepare_digits(tmp_path, size=TILE + 100, seed=0, validation_share=0.9)
+    for i in range(4):
+        (tmp_path / "pictures" / "one").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (60 * i, 0, 0)).save(tmp_path / "pictures" / "one" / f"{i}.png")
+    prepare_folder(tmp_path / "pictures", tmp_path, size=TILE + 100, seed=0, validation_share=0.5)
     with Image.open(tmp_path / "train" / "preview.png") as sheet:
-        assert sheet.width == 2 * MARGIN + NUM_COLUMNS * (TILE + GAP) - GAP
+        assert sheet.width == 2 * MARGIN + 2 * (TILE + GAP) - GAP

@@ -274,5 +274,7 @@ def test_parquet_is_read(tmp_path: Path, photos: Path) -> None:
     assert {i: (parts["txt"].decode(), int(parts["cls"])) for i, parts in found.items()} == {
         i: (caption, i) for i, caption in enumerate(CAPTIONS)
     }
-    table.write_bytes(table.read_bytes()[:-8])
-    assert refused(tmp_path, table, photos).startswith(f"{table}: not readable Parquet (")
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(table.read_bytes()[:-8])
+    with pytest.raises(UsageError, match=r"torn\.parquet: not readable Parquet \("):
+        prepare_table(torn, photos, tmp_path / "none", **ARGUMENTS)
