@@ -30,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def index(args: argparse.Namespace) -> None:
-    """Write FOLDER/index, and say what was found."""
+    """Write FOLDER/index, and say what was found.  Half a set is refused: what makes it writes the index."""
     if args.workers is not None and args.workers < 1:
         raise UsageError(f"--workers: {args.workers} came, at least 1 was wanted")
+    described = args.folder / "dataset.json"
+    if described.is_file() and files.read_json(described).get("complete") is False:
+        raise UsageError(f"{args.folder}: half made; run the command that makes it again, and it goes on")
     required = (images.PARTS | {latents.PART},)
     build_index(args.folder, required, workers=args.workers, verify=args.verify)
     shards = files.read_json(args.folder / "index" / "manifest.json")["shards"]

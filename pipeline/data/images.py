@@ -59,6 +59,13 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
+def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
+    """uint8 [H,W,3] or [H,W] → the bytes of a JPEG of quality 95, its colour as fine as its light (4:4:4)."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
 def to_unit(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 [..., H, W, 3] → float32 [..., 3, H, W] in [-1, 1], what the VAE reads."""
     return np.moveaxis(images.astype(np.float32) / np.float32(127.5) - np.float32(1), -1, -3)

@@ -1,130 +1,141 @@
-"""Pictures from elsewhere → image shards: WebDataset tars with KEY.png, KEY.cls and KEY.txt.
+"""Pictures → image shards: WebDataset tars with KEY.png or KEY.jpg, and KEY.cls and KEY.txt where there are such.
 
-Same input, same bytes: members carry no time, and the order is a function of the seed.
+Same input, same bytes, for any number of processes: members carry no time, and the order is a function of the seed.
+What identifies a set is written first and each shard is written whole, so a killed prepare goes on with the shards
+that are missing when the same command is run again.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from pipeline import files
-from pipeline.data import images
+from pipeline.data import emoji, images, preview, sources
 from pipeline.data.index import build_index
+from pipeline.data.sources import Picture, Source
+from pipeline.data.tables import Columns
 from pipeline.errors import UsageError
 
 FORMAT = 1
 REQUIRED = (images.PARTS,)
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-WORDINGS = ("a handwritten digit {}", "the digit {}, written by hand", "a handwritten {}", "a scan of the digit {}")
+SHARD_IMAGES = 1000
+CHUNK_IMAGES = 16  # what a process is given at once
+ImageFormat = Literal["png", "jpg"]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One image on its way into a shard."""
-
-    image: NDArray[np.uint8]  # [H,W] or [H,W,3]
-    label: int
-    caption: str
+def prepare_digits(out: Path, *, size: int, seed: int, validation_share: float, workers: int = 0) -> None:
+    """scikit-learn's 1,797 digits → out/train and out/validation, with a label and a caption each."""
+    write_sets(out, sources.digits(size), seed=seed, validation_share=validation_share, workers=workers)
 
 
-def prepare_digits(out: Path, *, size: int, seed: int, validation_share: float) -> None:
-    """scikit-learn's digits (Alpaydin & Kaynak 1998), 1,797 grey images of 8×8, to out/train and out/validation.
+def prepare_emoji(
+    out: Path, *, size: int, seed: int, validation_share: float, font: Path = emoji.FONT, workers: int = 0
+) -> None:
+    """The emoji of a colour font, captioned with their Unicode names → out/train and out/validation."""
+    write_sets(out, sources.emojis(font, size), seed=seed, validation_share=validation_share, workers=workers)
 
-    Scaled to `size` pixels (bicubic).  The split is random and keeps the share of every class: a split by order
-    would put other writers into the validation set.
+
+def prepare_folder(
+    source: Path,
+    out: Path,
+    *,
+    size: int,
+    seed: int,
+    validation_share: float,
+    image_format: ImageFormat = "png",
+    workers: int = 0,
+) -> None:
+    """A folder per class → out/train and out/validation.  Raises UsageError naming what is not a readable image."""
+    found = sources.folder(source, size)
+    write_sets(out, found, seed=seed, validation_share=validation_share, image_format=image_format, workers=workers)
+
+
+def prepare_table(
+    table: Path,
+    root: Path,
+    out: Path,
+    *,
+    size: int,
+    seed: int,
+    validation_share: float,
+    columns: Columns | None = None,
+    image_format: ImageFormat = "png",
+    workers: int = 0,
+) -> None:
+    """A table's images with captions, labels or both → out/train and out/validation.
+
+    Raises UsageError naming the table and the row that can't be used.
     """
-    made_by = {"prepare": "digits", "size": size, "seed": seed, "validation_share": validation_share}
-    sets = (out / "train", out / "validation")
-    if _already_made(sets, made_by):
+    found = sources.table(table, root, size, columns or Columns())
+    write_sets(out, found, seed=seed, validation_share=validation_share, image_format=image_format, workers=workers)
+
+
+def write_sets(
+    out: Path,
+    source: Source,
+    *,
+    seed: int,
+    validation_share: float,
+    image_format: ImageFormat = "png",
+    workers: int = 0,
+) -> None:
+    """Split a source by the seed and write both parts.
+
+    `workers`: processes that draw and encode; 0: this one does.  Raises UsageError where another set lies there.
+    """
+    made_by = {**source.made_by, "seed": seed, "validation_share": validation_share}
+    if image_format != "png":
+        made_by["image_format"] = image_format
+    folders = (out / "train", out / "validation")
+    complete = [_is_complete(folder, made_by) for folder in folders]
+    if all(complete):
         return
-    digits: Any = load_digits()
-    labels: NDArray[np.int64] = digits.target
-    rows = np.arange(len(labels))
-    split = _split(rows, seed, validation_share, classes=labels)
-    for folder, chosen, num_shards in zip(sets, split, (7, 3), strict=True):
-        pictures = (
-            Picture(
-                _scale_digit(digits.images[row], size),
-                int(labels[row]),
-                WORDINGS[int(row) % len(WORDINGS)].format(DIGIT_NAMES[int(labels[row])]),
-            )
-            for row in chosen
-        )
-        write_set(folder, pictures, uneven_sizes(len(chosen), num_shards), made_by)
-
-
-def prepare_folder(source: Path, out: Path, *, size: int, seed: int, validation_share: float) -> None:
-    """A folder per class → out/train and out/validation.  Classes are numbered by name; the name is the caption.
-
-    Raises UsageError naming the file where one is not a readable image.
-    """
-    classes = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
-    suffixes = {f".{part}" for part in images.PARTS}
-    found = [
-        (path, label)
-        for label, folder in enumerate(classes)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes
+    split = _split(source, seed, validation_share)
+    sizes = [
+        uneven_sizes(len(rows), num) if num else even_sizes(len(rows))
+        for rows, num in zip(split, source.num_shards or (0, 0), strict=True)
     ]
-    if len(classes) < 1 or len(found) < 2:
-        raise UsageError(
-            f"{source}: {len(classes)} folders with {len(found)} images came; a folder per class was wanted"
-        )
-    names = [path.name for path in classes]
-    made_by = {
-        "prepare": "folder",
-        "size": size,
-        "seed": seed,
-        "validation_share": validation_share,
-        "classes": names,
-        "files": files.fingerprint([[path.relative_to(source).as_posix(), path.stat().st_size] for path, _ in found]),
-    }
-    sets = (out / "train", out / "validation")
-    if _already_made(sets, made_by):
-        return
-    rows = np.arange(len(found))
-    split = _split(rows, seed, validation_share)
-    for folder, chosen in zip(sets, split, strict=True):
-        pictures = (_read_picture(*found[int(row)], names, size) for row in chosen)
-        whole_shards, rest = divmod(len(chosen), 1000)
-        write_set(folder, pictures, [1000] * whole_shards + ([rest] if rest else []), made_by)
+    for folder, of_folder in zip(folders, sizes, strict=True):
+        _refuse_strays(folder, of_folder)
+    encode = partial(_encode, source.draw, image_format)
+    for folder, rows, of_folder, is_there in zip(folders, split, sizes, complete, strict=True):
+        if not is_there:
+            items = [source.items[int(row)] for row in rows]
+            write_set(folder, items, encode, sizes=of_folder, made_by=made_by, workers=workers)
 
 
-def _split(
-    rows: NDArray[np.int64], seed: int, validation_share: float, classes: NDArray[np.int64] | None = None
-) -> list[NDArray[np.int64]]:
-    """Rows to train on and rows held out, with the share of every class where classes are given."""
+def _split(source: Source, seed: int, validation_share: float) -> list[NDArray[np.int64]]:
+    """Rows to train on and rows held out."""
+    rows = np.arange(len(source.items))
     try:
-        split: Any = train_test_split(rows, test_size=validation_share, random_state=seed, stratify=classes)
+        split: Any = train_test_split(rows, test_size=validation_share, random_state=seed, stratify=source.classes)
     except ValueError as error:
-        raise UsageError(f"{len(rows)} images, {validation_share} of them for validation: {error}") from None
+        raise UsageError(
+            f"{source.name}: {len(rows)} images, {validation_share} of them for validation: {error}"
+        ) from None
     return split
 
 
-def _read_picture(path: Path, label: int, names: list[str], size: int) -> Picture:
-    try:
-        return Picture(images.decode(path.read_bytes(), size), label, names[label])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from None
-
-
-def _scale_digit(image: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
-    """8×8 in 0..16 → size×size in 0..255."""
-    grey = Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8))
-    return np.asarray(grey.resize((size, size), Image.Resampling.BICUBIC))
+def even_sizes(total: int) -> list[int]:
+    """Shards of 1,000 images, and the rest."""
+    whole_shards, rest = divmod(total, SHARD_IMAGES)
+    return [SHARD_IMAGES] * whole_shards + ([rest] if rest else [])
 
 
 def uneven_sizes(total: int, num_shards: int) -> list[int]:
@@ -134,55 +145,134 @@ def uneven_sizes(total: int, num_shards: int) -> list[int]:
     return np.diff(ends, prepend=0).tolist()
 
 
-def write_set(folder: Path, pictures: Iterable[Picture], sizes: list[int], made_by: dict[str, Any]) -> None:
-    """Write shards of the given sizes, their index, and `dataset.json` last, which says that the set is complete.
-
-    Raises UsageError where the folder holds other tars.
-    """
-    names = [f"{shard:06d}.tar" for shard in range(len(sizes))]
-    if stray := sorted({path.name for path in folder.glob("*.tar")} - set(names)):
-        raise UsageError(f"{folder}: holds {stray[0]}, which does not belong to this set; choose another folder")
-    counts: Counter[int] = Counter()
-    bar = tqdm(total=sum(sizes), desc=f"prepare {folder}", unit=" images", dynamic_ncols=True)
-    pictures = iter(pictures)
-    key = 0
-    for name, size in zip(names, sizes, strict=True):
-        with (
-            files.whole(folder / name) as aside,
-            aside.open("wb") as file,
-            TarWriter(file, mtime=0, encoder=False) as writer,
-        ):
-            for picture in islice(pictures, size):
-                counts[picture.label] += 1
-                writer.write(
-                    {
-                        "__key__": f"{key:08d}",
-                        "png": images.encode_png(picture.image),
-                        "cls": str(picture.label).encode(),
-                        "txt": picture.caption.encode(),
-                    }
-                )
-                key += 1
-                bar.update()
-    bar.close()
+def write_set(
+    folder: Path,
+    items: Sequence[Any],
+    encode: Callable[[Any], dict[str, bytes]],
+    *,
+    sizes: list[int],
+    made_by: dict[str, Any],
+    workers: int,
+) -> None:
+    """Write the shards that are not there yet, their index, the contact sheet, and last that the set is complete."""
+    names = _shard_names(sizes)
+    said = {"format": FORMAT, "kind": "images", "complete": False, "made_by": made_by}
+    files.write_json(folder / "dataset.json", said)
+    firsts = np.cumsum([0, *sizes]).tolist()
+    missing = [shard for shard, name in enumerate(names) if _record(folder, name, made_by) is None]
+    wanted = [range(firsts[shard], firsts[shard + 1]) for shard in missing]
+    samples = _in_order(encode, [items[i] for keys in wanted for i in keys], workers)
+    with tqdm(total=len(items), desc=f"prepare {folder}", unit=" images", dynamic_ncols=True) as bar:
+        bar.update(len(items) - sum(map(len, wanted)))
+        for shard, keys in zip(missing, wanted, strict=True):
+            with files.whole(folder / names[shard]) as aside:
+                labels = _write_shard(aside, keys, islice(samples, len(keys)), bar)
+                # Before the tar takes its name: a tar that is there has its record.
+                made = {"made_by": files.fingerprint(made_by), "bytes": aside.stat().st_size}
+                files.write_json(_record_path(folder, names[shard]), {**made, "labels": labels})
     build_index(folder, REQUIRED, made_by)
-    files.write_json(
-        folder / "dataset.json",
-        {
-            "format": FORMAT,
-            "kind": "images",
-            "num_samples": sum(counts.values()),
-            "label_counts": {str(label): counts[label] for label in sorted(counts)},
-            "made_by": made_by,
-        },
-    )
+    preview.write_preview(folder, made_by["size"])
+    total: Counter[int] = Counter()
+    for name in names:
+        record = _record(folder, name, made_by) or {"labels": {}}
+        total.update({int(label): count for label, count in record["labels"].items()})
+    of_labels = {str(label): total[label] for label in sorted(total)}
+    done = {"complete": True, "num_samples": len(items), "label_counts": of_labels}
+    files.write_json(folder / "dataset.json", said | done)
 
 
-def _already_made(sets: tuple[Path, ...], made_by: dict[str, Any]) -> bool:
-    """Whether these very sets lie there.  Raises UsageError where another one does."""
-    made = [folder for folder in sets if (folder / "dataset.json").exists()]
-    for folder in made:
-        was = files.read_json(folder / "dataset.json").get("made_by")
-        if was != made_by:
-            raise UsageError(f"{folder}: holds a set made by {was}, {made_by} was asked for; choose another folder")
-    return len(made) == len(sets)
+def _write_shard(path: Path, keys: range, samples: Iterator[dict[str, bytes]], bar: tqdm[Any]) -> dict[str, int]:
+    """Write one tar; give how many samples it has of each label."""
+    labels: Counter[str] = Counter()
+    with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+        for key, sample in zip(keys, samples, strict=True):
+            if "cls" in sample:
+                labels[sample["cls"].decode()] += 1
+            writer.write({"__key__": f"{key:08d}", **sample})
+            bar.update()
+    return dict(sorted(labels.items()))
+
+
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / "index" / f"{name.removesuffix('.tar')}.prepared.json"
+
+
+def _record(folder: Path, name: str, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """What was noted of a shard; nothing where it is missing, or another than was noted."""
+    try:
+        said = files.read_json(_record_path(folder, name))
+        num_bytes = (folder / name).stat().st_size
+    except (OSError, ValueError):
+        return None
+    return said if (said.get("made_by"), said.get("bytes")) == (files.fingerprint(made_by), num_bytes) else None
+
+
+def _encode(draw: Callable[[Any], Picture], image_format: ImageFormat, item: Any) -> dict[str, bytes]:
+    """An item → the parts of its sample."""
+    picture = draw(item)
+    encode = images.encode_png if image_format == "png" else images.encode_jpeg
+    parts = {image_format: encode(picture.image)}
+    if picture.label is not None:
+        parts["cls"] = str(picture.label).encode()
+    if picture.caption is not None:
+        parts["txt"] = picture.caption.encode()
+    return parts
+
+
+def _in_order(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """map(work, items), in order, done ahead by `workers` processes; never more results in memory than they need."""
+    chunks = [items[first : first + CHUNK_IMAGES] for first in range(0, len(items), CHUNK_IMAGES)]
+    if workers == 0 or not chunks:
+        yield from map(work, items)
+        return
+    # Forked: a process that started anew would first import all of this again.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(workers, len(chunks)), context, initializer=_end_with_parent) as pool:
+        ahead: deque[Future[list[Any]]] = deque()
+        try:
+            for chunk in chunks:
+                ahead.append(pool.submit(_work_all, work, chunk))
+                if len(ahead) > 2 * workers:
+                    yield from ahead.popleft().result()
+            while ahead:
+                yield from ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _work_all(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return [work(item) for item in items]
+
+
+def _end_with_parent() -> None:
+    """A process of the pool: it leaves signals to the program, and does not outlive it."""
+    for polite in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(polite, signal.SIG_IGN)
+
+    def end() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _shard_names(sizes: list[int]) -> list[str]:
+    return [f"{shard:06d}.tar" for shard in range(len(sizes))]
+
+
+def _refuse_strays(folder: Path, sizes: list[int]) -> None:
+    """Raise UsageError where the folder holds other tars."""
+    if stray := sorted({path.name for path in folder.glob("*.tar")} - set(_shard_names(sizes))):
+        raise UsageError(f"{folder}: holds {stray[0]}, which does not belong to this set; choose another folder")
+
+
+def _is_complete(folder: Path, made_by: dict[str, Any]) -> bool:
+    """Whether this very set lies there, whole.  Raises UsageError where another one does, whole or begun."""
+    if not (folder / "dataset.json").exists():
+        return False
+    said = files.read_json(folder / "dataset.json")
+    if said.get("made_by") != made_by:
+        was = said.get("made_by")
+        raise UsageError(f"{folder}: holds a set made by {was}, {made_by} was asked for; choose another folder")
+    return said.get("complete") is True

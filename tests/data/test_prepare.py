@@ -14,7 +14,8 @@ from pipeline import files
 from pipeline.data import images
 from pipeline.data.dataset import read_images
 from pipeline.data.index import ShardSet
-from pipeline.data.prepare import DIGIT_NAMES, WORDINGS, prepare_digits, prepare_folder, uneven_sizes
+from pipeline.data.prepare import prepare_digits, prepare_folder, uneven_sizes
+from pipeline.data.sources import DIGIT_NAMES, WORDINGS
 from pipeline.errors import UsageError
 
 ARGUMENTS: dict[str, Any] = {"size": 8, "seed": 0, "validation_share": 0.2}
@@ -215,7 +216,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, pictures: Path, data: byte
         folder_set(pictures, tmp_path / "out")
     assert str(told.value).startswith(f"{bad}: not a readable JPEG, PNG, WEBP image: ")
     sets = [tmp_path / "out" / name / "dataset.json" for name in ("train", "validation")]
-    assert not all(path.exists() for path in sets)
+    assert not all(path.exists() and files.read_json(path)["complete"] for path in sets)
 
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
