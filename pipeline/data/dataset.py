@@ -7,6 +7,7 @@ position alone: the step loop receives all that is random and draws nothing.
 from __future__ import annotations
 
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,7 +29,7 @@ from pipeline.errors import SampleError, UsageError
 Batch = dict[str, Tensor]
 
 
-class Samples(Dataset[Batch]):
+class Samples(Dataset[Batch], ABC):
     """Reads samples by position.  Asked for a list of positions, it gives one batch of stacked tensors.
 
     An error comes back in the batch's place, as a message: what a loader process raises would reach the step loop as
@@ -53,9 +54,9 @@ class Samples(Dataset[Batch]):
         """Positions per epoch, in samples."""
         return self._order.epoch_length
 
+    @abstractmethod
     def sample(self, position: int, parts: dict[str, bytes]) -> dict[str, Any]:
         """The arrays of one sample."""
-        raise NotImplementedError
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         shard, row = self._order(position)
@@ -86,7 +87,7 @@ class Samples(Dataset[Batch]):
         return {name: value for name, value in self.__dict__.items() if name != "_order"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._order = self._make_order()
 
 
