@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from webdataset.writer import TarWriter
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline.data.tar import scan  # noqa: E402
+from pipeline.data.tar import scan
 
 NUM_SAMPLES = 20_000
 PARTS = {"jpg": b"j" * 400, "json": b'{"width": 256}', "txt": b"a caption"}  # as img2dataset: three parts a key

@@ -12,18 +12,14 @@ import io
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from webdataset.autodecode import ImageHandler
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.data import images
 

@@ -7,17 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from vae.config import VaeConfig
-
-FREE: dict[str, Any] = {"may_change_on_resume": True}
-
-
-class Section(BaseModel):
-    """A part of the schema: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+from vae.config import FREE, Section, VaeConfig
 
 
 class DataConfig(Section):

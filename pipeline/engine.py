@@ -101,11 +101,6 @@ class Engine:
         dist.all_reduce(reduced)
         return reduced / self.num_ranks
 
-    def unwrap(self, model: Module) -> Module:
-        """The module as it was before `prepare`."""
-        unwrapped: Module = self.accelerator.unwrap_model(model)
-        return unwrapped
-
     def main_does(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 and give its JSON-able result to every rank; an error there is raised on all."""
         answer: dict[str, Any] = {}

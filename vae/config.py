@@ -10,7 +10,7 @@ FREE: dict[str, Any] = {"may_change_on_resume": True}  # all other fields make a
 
 
 class Section(BaseModel):
-    """What the sections below share: no field changes after validation and no unknown key passes."""
+    """What every section shares, the pipeline's too: no field changes after validation and no unknown key passes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
