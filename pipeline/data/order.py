@@ -4,13 +4,19 @@ The shards of an epoch are permuted and laid in a ring; from a drawn start it is
 shuffled in blocks.  Position p of an epoch reads lane p mod C at offset p // C.  A rank of W reads the positions p
 with p mod W = rank, so where W divides C it owns whole lanes, opens few shards, and the global batch is the same for
 every W.  The N mod C samples before the start stay unread in that epoch; another start leaves others the next time.
+
+Several sets are mixed by a pattern that repeats: each lane walks along it, one place further on than the lane before,
+and takes its next sample of the set that it finds there.  So a lane reads each set in that set's own order, and at
+every position the sets' shares are kept as nearly as whole samples can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import lru_cache
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -19,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.data.draws import Purpose, permutation, uniform
 from pipeline.errors import UsageError
 
+LONGEST_PATTERN = 10_000  # places, of the pattern that mixes sets
 ALGORITHM = 1  # part of a run's identity: raise it when any position would read another sample
 
 
@@ -63,6 +70,48 @@ class Order:
     def _shuffle(self, epoch: int, lane: int, block: int) -> NDArray[np.int64]:
         length = min(self.block, self.lane_length - block * self.block)
         return permutation(length, self.seed, Purpose.BLOCK_ORDER, epoch, fine=lane, finer=block)
+
+
+class Mix:
+    """The set and the sample at every position, for sets mixed by weight.  Of one set: that set's own order."""
+
+    def __init__(self, orders: list[Order], weights: tuple[float, ...]) -> None:
+        """`orders`: of each set, all with the same number of lanes; `weights`: > 0, taken as the decimals they are
+        written as.  Raises UsageError where the weights want a pattern that is too long."""
+        self.orders, self.lanes = orders, orders[0].lanes
+        shares = _whole_numbers(weights)
+        # The i-th of n places of a set belongs at (i + 1/2)/n of the pattern; places wanted twice go in the sets' order.
+        places = sorted((Fraction(2 * i + 1, 2 * n), a_set) for a_set, n in enumerate(shares) for i in range(n))
+        self._pattern = np.array([a_set for _, a_set in places], dtype=np.int64)
+        taken = self._pattern[:, None] == np.arange(len(shares))
+        self._before = np.concatenate([np.zeros((1, len(shares)), np.int64), np.cumsum(taken, axis=0)])
+
+    def __call__(self, position: int) -> tuple[int, int, int]:
+        """(set, shard, sample within it) at a position ≥ 0."""
+        offset, lane = divmod(position, self.lanes)
+        a_set = int(self._pattern[(lane + offset) % len(self._pattern)])
+        of_set = self._count(a_set, lane + offset) - self._count(a_set, lane)  # this lane's samples of it so far
+        shard, row = self.orders[a_set](of_set * self.lanes + lane)
+        return a_set, shard, row
+
+    def _count(self, a_set: int, place: int) -> int:
+        """How often a set comes before a place of the endless pattern."""
+        rounds, rest = divmod(place, len(self._pattern))
+        return int(rounds * self._before[-1, a_set] + self._before[rest, a_set])
+
+
+def _whole_numbers(weights: tuple[float, ...]) -> list[int]:
+    """The smallest whole numbers in these proportions."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    unit = lcm(*(share.denominator for share in exact))
+    whole = np.array([int(share * unit) for share in exact], dtype=object)
+    whole //= np.gcd.reduce(whole)
+    if sum(whole) > LONGEST_PATTERN:
+        raise UsageError(
+            f"data.weights: {list(weights)} came, which are {' : '.join(map(str, whole))} in whole numbers; "
+            f"round them until these add up to {LONGEST_PATTERN:,} at most"
+        )
+    return whole.tolist()
 
 
 @dataclass(frozen=True)
