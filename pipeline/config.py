@@ -96,7 +96,7 @@ class DataConfig(Section):
     encode_text: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder with a CLIP tokenizer/ and text_encoder/ whose embeddings of the captions encode writes too.",
+        description="Folder with a CLIP tokenizer/ and text_encoder/: encode writes its embeddings of captions too.",
     )
     online_scale_images: int = Field(
         default=2048, gt=0, description="Without train_latents: images whose latents the scale is measured on."

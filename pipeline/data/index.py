@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -234,6 +234,10 @@ class ShardSet:
                 f"run: python -m pipeline index {self.folder}"
             )
         return index
+
+    def open_shard(self, shard: int) -> BinaryIO:
+        """A whole tar, from its first byte, for a pass through it."""
+        return (self.folder / self.names[shard]).open("rb")
 
     def read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
         """Key and parts of a sample.  A short read raises OSError with the shard's name."""

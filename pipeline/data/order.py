@@ -77,10 +77,11 @@ class Mix:
 
     def __init__(self, orders: list[Order], weights: tuple[float, ...]) -> None:
         """`orders`: of each set, all with the same number of lanes; `weights`: > 0, taken as the decimals they are
-        written as.  Raises UsageError where the weights want a pattern that is too long."""
+        written as.  Raises UsageError where the weights want a pattern that is too long.
+        """
         self.orders, self.lanes = orders, orders[0].lanes
         shares = _whole_numbers(weights)
-        # The i-th of n places of a set belongs at (i + 1/2)/n of the pattern; places wanted twice go in the sets' order.
+        # The i-th of n places of a set belongs at (i + 1/2)/n of the pattern; wanted twice, in the sets' order.
         places = sorted((Fraction(2 * i + 1, 2 * n), a_set) for a_set, n in enumerate(shares) for i in range(n))
         self._pattern = np.array([a_set for _, a_set in places], dtype=np.int64)
         taken = self._pattern[:, None] == np.arange(len(shares))
