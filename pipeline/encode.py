@@ -44,7 +44,13 @@ from vae.moments import MomentStatistics, encode_moments
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("encode", __doc__ or "")
-    return program.run_config(made, argv, encode, lambda raw: raw["data"]["train_latents"])
+    return program.run_config(made, argv, encode, _first_latents)
+
+
+def _first_latents(raw: dict[str, Any]) -> str | None:
+    """The folder that a raw config encodes to; the first where there are several."""
+    named = raw["data"]["train_latents"]
+    return named[0] if isinstance(named, list | tuple) and named else named
 
 
 def encode(config: Config, args: argparse.Namespace) -> None:
