@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _first_latents(raw: dict[str, Any]) -> str | None:
     """The folder that a raw config encodes to; the first where there are several."""
-    named = raw["data"]["train_latents"]
-    return named[0] if isinstance(named, list | tuple) and named else named
+    named: Any = raw["data"]["train_latents"]
+    return next(iter(named), None) if isinstance(named, list | tuple) else named  # pyright: ignore
 
 
 def encode(config: Config, args: argparse.Namespace) -> None:

@@ -131,7 +131,13 @@ def test_training_on_images_measures_its_scale_once(world: World, made: World) -
 
 def test_a_mix_of_sets_is_the_same_over_ranks_and_resumes(world: World, made: World, spoilt: Path) -> None:
     sets = f"[{made.root / 'digits' / 'train'},{spoilt}]"
-    words = (*VAE, f"data.train_images={sets}", "data.train_latents=null", "data.weights=[3,1]")
+    words = (
+        *VAE,
+        f"data.train_images={sets}",
+        "data.train_latents=null",
+        "data.weights=[3,1]",
+        "vae.train.schedule=constant",
+    )
     one, two = world.root / "one", world.root / "two"
     assert world.do("train_vae", *words, f"vae.run_dir={one}") == [0], world.said()
     assert world.do("train_vae", *words, "vae.train.steps=4", f"vae.run_dir={two}", ranks=2) == [0, 0], world.said()
