@@ -89,6 +89,8 @@ class Mix:
 
     def __call__(self, position: int) -> tuple[int, int, int]:
         """(set, shard, sample within it) at a position ≥ 0."""
+        if len(self.orders) == 1:
+            return 0, *self.orders[0](position)
         offset, lane = divmod(position, self.lanes)
         a_set = int(self._pattern[(lane + offset) % len(self._pattern)])
         of_set = self._count(a_set, lane + offset) - self._count(a_set, lane)  # this lane's samples of it so far

@@ -41,7 +41,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Moments:
-    """`moments` float32 [2C,h,w] of one of the views that encode wrote."""
+    """`moments` fp16 [2C,h,w] of one of the views that encode wrote."""
 
     seed: int
     latent_shape: tuple[int, int, int]  # (C, h, w)

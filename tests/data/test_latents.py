@@ -46,7 +46,7 @@ def open_latents(folder: Path, vae: str = "a" * 64, size: int = 32) -> dict[str,
 def test_moments_survive_as_fp16() -> None:
     moments = np.random.default_rng(0).normal(size=(8, 5, 3)).astype(np.float32) * 100
     read = moments_from_bytes(moments_to_bytes(moments))
-    assert read.dtype == np.float32 and np.array_equal(read, moments.astype(np.float16).astype(np.float32))
+    assert read.dtype == np.float16 and np.array_equal(read, moments.astype(np.float16))
     assert np.array_equal(moments_from_bytes(moments_to_bytes(read)), read)
 
 
