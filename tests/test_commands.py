@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.__main__ import VERBS
 from pipeline.config_file import load_config
@@ -339,6 +340,17 @@ def test_the_status_lies_where_the_run_does_by_default_too(do: Do, settings: dic
     done = do("train-vae", "small.yaml")
     assert done.code == 2
     assert status(tmp_path / "runs" / "vae")["state"] == "usage"
+
+
+def test_pictures_that_are_not_read_are_told_of(do: Do, tmp_path: Path) -> None:
+    for name in ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "dog" / "2.gif").touch()
+    done = do("prepare", "folder", tmp_path / "pictures", tmp_path / "out", "--size", "8", "--validation", "0.5")
+    told = "passed over: 1 .gif (such as dog/2.gif); JPEG, PNG and WebP in class folders are read"
+    assert done.code == 0
+    assert done.err.splitlines()[-3] == f"warning: {tmp_path}/pictures: {told}"
 
 
 def test_a_folder_is_indexed_or_its_bad_shard_named(do: Do, digits: Path, tmp_path: Path) -> None:

@@ -60,10 +60,14 @@ def prepare_folder(
     validation_share: float,
     image_format: ImageFormat = "png",
     workers: int = 0,
-) -> None:
-    """A folder per class → out/train and out/validation.  Raises UsageError naming what is not a readable image."""
-    found = sources.folder(source, size)
+) -> str:
+    """A folder per class → out/train and out/validation.  Raises UsageError naming what is not a readable image.
+
+    Gives what was passed over, in one line; "" where nothing was.
+    """
+    found, passed_over = sources.folder(source, size)
     write_sets(out, found, seed=seed, validation_share=validation_share, image_format=image_format, workers=workers)
+    return passed_over
 
 
 def prepare_table(
