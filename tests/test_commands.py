@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline.__main__ import VERBS
 from pipeline.config_file import load_config
+from pipeline.data.index import ShardSet
 from pipeline.run_folder import claim, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -366,6 +367,34 @@ def test_a_folder_is_indexed_or_its_bad_shard_named(do: Do, digits: Path, tmp_pa
     done = do("index", torn.parent)
     assert done.code == 2
     assert done.line.startswith(f"error: {torn}: at byte ")
+
+
+def test_every_sample_is_read_if_asked(do: Do, digits: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "shards" / "000000.tar"
+    shard.parent.mkdir()
+    whole = (digits / "validation" / "000000.tar").read_bytes()
+    count = ShardSet(digits / "validation", open_shards=1).counts[0]
+
+    shard.write_bytes(whole)
+    done = do("index", shard.parent, "--samples", "--workers", "2")
+    assert (done.code, done.err.splitlines()[-1]) == (0, f"{shard.parent}: all {count} samples can be read")
+
+    at = whole.index(b"\x89PNG")
+    shard.write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])
+    done = do("index", shard.parent, "--samples")
+    listed = shard.parent / "index" / "bad_samples.jsonl"
+    reason = "not a readable JPEG, PNG, WEBP image: its beginning is of none of these"
+    assert done.code == 1
+    assert done.err.splitlines()[-2:] == [
+        f"1  {reason}; first: 000000.tar: '00000000'",
+        f"error: {shard.parent}: 1 of {count} samples can't be used, and training would replace them; they are listed "
+        f"in {listed}",
+    ]
+    assert json.loads(listed.read_text()) == {"shard": "000000.tar", "key": "00000000", "reason": reason}
+
+    shard.write_bytes(whole)
+    done = do("index", shard.parent, "--samples")
+    assert (done.code, listed.exists()) == (0, False)
 
 
 # how programs end ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 PARTS = frozenset({"jpg", "jpeg", "png", "webp"})  # WebDataset part names that hold an image
@@ -48,6 +48,9 @@ def decode(data: bytes, size: int, *, along: float | None = None, mirrored: bool
                     raise ValueError(f"{image.width}×{image.height} pixels came, at most {MAX_PIXELS:,} are read")
                 square = np.asarray(_square(image, size, along))
                 return np.ascontiguousarray(square[:, ::-1]) if mirrored else square
+    except UnidentifiedImageError:  # its own words hold an address in memory
+        said = "its beginning is of none of these" if data else "it is empty"
+        raise ValueError(f"not a readable {', '.join(FORMATS)} image: {said}") from None
     except (OSError, SyntaxError, Warning, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable {', '.join(FORMATS)} image: {error}") from None
 
