@@ -31,9 +31,9 @@ from webdataset.writer import TarWriter
 from pipeline import files, program
 from pipeline.config import Config, DataConfig
 from pipeline.data import images, latents
-from pipeline.data.dataset import class_label, image_part
 from pipeline.data.index import ShardSet, build_index
 from pipeline.data.latents import Origin
+from pipeline.data.pieces import class_label, image_part
 from pipeline.engine import Engine
 from pipeline.errors import SampleError, UsageError, blame
 from pipeline.run_folder import write_status
@@ -44,14 +44,20 @@ from vae.moments import MomentStatistics, encode_moments
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("encode", __doc__ or "")
-    return program.run_config(made, argv, encode, lambda raw: raw["data"]["train_latents"])
+    return program.run_config(made, argv, encode, _first_latents)
+
+
+def _first_latents(raw: dict[str, Any]) -> str | None:
+    """The folder that a raw config encodes to; the first where there are several."""
+    named: Any = raw["data"]["train_latents"]
+    return next(iter(named), None) if isinstance(named, list | tuple) else named  # pyright: ignore
 
 
 def encode(config: Config, args: argparse.Namespace) -> None:
     """config → engine → frozen VAE → the training set's latents → the validation set's."""
     del args
     engine = Engine(config.engine)
-    data, status = config.data, Path(config.data.train_latents)
+    data, status = config.data, Path((config.data.train_latents or ("",))[0])
     with blame("vae.path"):
         vae = load(config.vae.path)
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -59,7 +65,7 @@ def encode(config: Config, args: argparse.Namespace) -> None:
         raise UsageError(f"data.image_size: {data.image_size} came, a multiple of the VAE's factor {factor} was wanted")
     vae_sha256 = weights_sha256(vae)
     Module.to(vae, engine.device)
-    sets = [("data.train_images", data.train_images, data.train_latents)]
+    sets = [("data.train_images", data.train_images[0], (data.train_latents or ("",))[0])]
     if data.validation_images and data.validation_latents:
         sets.append(("data.validation_images", data.validation_images, data.validation_latents))
     for key, source, out in sets:

@@ -124,13 +124,30 @@ class Engine:
         """Rank 0's JSON object on every rank (torch's own object collectives would pickle it)."""
         if self.num_ranks == 1:
             return value
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        data = self._packed(value)
         length = torch.tensor([len(data)], device=self.device)
         dist.broadcast(length, 0)
         if not self.is_main:
             data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
         dist.broadcast(data, 0)
         return json.loads(bytes(data.cpu().numpy()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, on every rank."""
+        if self.num_ranks == 1:
+            return [value]
+        data = self._packed(value)
+        lengths = torch.zeros(self.num_ranks, dtype=torch.int64, device=self.device)
+        lengths[self.rank] = len(data)
+        dist.all_reduce(lengths)
+        padded = torch.nn.functional.pad(data, (0, int(lengths.max()) - len(data)))
+        found = [torch.empty_like(padded) for _ in range(self.num_ranks)]
+        dist.all_gather(found, padded)
+        whole = zip(found, lengths.tolist(), strict=True)
+        return [json.loads(bytes(one[:length].cpu().numpy())) for one, length in whole]
+
+    def _packed(self, value: Any) -> Tensor:
+        return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -126,11 +126,9 @@ def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, gui
 
 def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float, list[Path]]) -> Scores:
     """Metric name → value, for the reconstructions, the validation images and each guidance scale."""
-    run, size, limit = Path(config.run_dir), config.data.image_size, config.evaluation.max_reference_images
-    with blame("data.train_images"):
-        train, train_labels = read_images(Path(config.data.train_images), size=size, limit=limit)
-    with blame("data.validation_images"):
-        validation, validation_labels = read_images(Path(str(config.data.validation_images)), size=size, limit=limit)
+    run = Path(config.run_dir)
+    train, train_labels = read_set("data.train_images", config.data.train_images[0], config)
+    validation, validation_labels = read_set("data.validation_images", str(config.data.validation_images), config)
     program.say("fitting the classifier on the real training images")
     classifier = ImageClassifier(config.seed).fit(train, train_labels)
     scores: Scores = {
@@ -158,6 +156,20 @@ def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float,
         with files.whole(run / "evaluation" / f"nearest-{prefix}.png") as aside:
             neighbours_picture(first, train, found).save(aside, format="PNG")
     return scores
+
+
+def read_set(key: str, folder: str, config: Config) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """A set's images and labels; those that can't be read are told and left out."""
+    with blame(key):
+        pixels, labels, bad = read_images(
+            Path(folder), size=config.data.image_size, limit=config.evaluation.max_reference_images
+        )
+    if bad:
+        program.say(
+            f"warning: {key}: {len(bad)} of {len(bad) + len(pixels)} samples can't be read and are left out; the "
+            f"first: {bad[0].shard}: sample {bad[0].key!r}: {bad[0].reason}"
+        )
+    return pixels, labels
 
 
 def mean_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch_images: int) -> float:

@@ -84,6 +84,12 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file, none where there is no file; the last one is dropped where a kill tore it."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return text.split("\n")[:-1]  # not splitlines, which splits at what JSON leaves in strings
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.  Raises OSError where it can't be read, ValueError where it is not one."""
     value: object = json.loads(path.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ class Tracker:
         if not is_main:
             return
         path = folder / "metrics.jsonl"
-        keep = [line for line in _whole_lines(path) if json.loads(line)["step"] <= after_step]
+        keep = [line for line in files.whole_lines(path) if json.loads(line)["step"] <= after_step]
         files.write_text(path, "".join(f"{line}\n" for line in keep))
         self.file = path.open("a", encoding="utf-8")
         if tensorboard:
@@ -41,10 +41,3 @@ class Tracker:
             self.file.close()
         if self.board is not None:
             self.board.finish()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines there are; one torn by a kill is dropped."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

@@ -12,10 +12,12 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import Module
 
@@ -23,8 +25,9 @@ from pipeline import files, program, sampler
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.conditioning import unet_arguments
 from pipeline.config import Config
-from pipeline.data import latents
-from pipeline.data.dataset import LatentSamples
+from pipeline.data import latents, online
+from pipeline.data.dataset import Samples
+from pipeline.data.pieces import ClassCondition, Diffusion, Moments, Piece, Pixels, PosteriorNoise
 from pipeline.diffusion.objectives import simple_loss, target, timesteps
 from pipeline.diffusion.process import q_sample
 from pipeline.diffusion.schedule import make_schedule
@@ -37,7 +40,7 @@ from pipeline.run_folder import claim, write_status
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
 from vae.model import load, weights_sha256
-from vae.moments import LatentScale, sample_posterior
+from vae.moments import LatentScale, encode_moments, sample_posterior
 
 IDENTITY = ("seed", "data", "unet", "conditioning", "diffusion", "optimizer", "train", "engine", "ema")
 PICTURE_COLUMNS = 4  # images of each class in a picture while training
@@ -56,25 +59,34 @@ def train(config: Config, args: argparse.Namespace) -> None:
     engine = Engine(config.engine)
     engine.main_does(lambda: claim(run, config, IDENTITY))
 
-    # frozen parts and data: latents know which VAE made them, and at what scale
+    # frozen VAE and data: latents know which VAE made them, and at what scale
     with blame("vae.path"):
         vae = load(config.vae.path)
-    with blame("data.train_latents"):
-        described = latents.open_latents(Path(config.data.train_latents), weights_sha256(vae), config.data.image_size)
-        check_labels(config, described)
     Module.to(vae, engine.device)
-    latent_scale = LatentScale(described["scale"], described["shift"])
     side = config.data.image_size // 2 ** (len(vae.config["block_out_channels"]) - 1)
-    with blame("data.train_latents"):
-        samples = LatentSamples(
-            Path(config.data.train_latents),
-            seed=config.seed,
-            lanes=config.data.lanes,
-            block=config.data.shuffle_block,
-            global_batch=config.train.global_batch_images,
-            num_classes=config.conditioning.num_classes,
-            dropout=config.conditioning.dropout,
-        )
+    latent_shape = (int(vae.config["latent_channels"]), side, side)
+
+    def moments_of(x: Tensor) -> Tensor:
+        """x [B,3,H,W] on any device → moments [B,2C,h,w]."""
+        with torch.no_grad(), engine.accelerator.autocast():
+            return encode_moments(vae, x.to(engine.device))
+
+    if config.data.train_latents is None:
+        folders, described = config.data.train_images, describe_online(config, engine, vae, moments_of)
+        read: Piece = Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip)
+    else:
+        folders, described = config.data.train_latents, open_sets(config, vae)
+        read = Moments(config.seed, latent_shape)
+    latent_scale = LatentScale(described["scale"], described["shift"])
+    condition = config.conditioning
+    pieces = (
+        read,
+        PosteriorNoise(config.seed, latent_shape),
+        Diffusion(config.seed, latent_shape, config.train.global_batch_images),
+        ClassCondition(config.seed, condition.num_classes, condition.dropout),
+    )
+    with blame("data"):
+        samples = Samples.of(folders, pieces, seed=config.seed, data=config.data)
 
     # U-Net, optimizer, EMA; resume
     schedule = make_schedule(
@@ -83,7 +95,6 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config.diffusion.beta_start,
         config.diffusion.beta_end,
     ).to(engine.device)
-    latent_shape = (int(vae.config["latent_channels"]), side, side)
     unet = build_unet(config.unet, config.conditioning, latent_shape, config.seed)
     settings = config.optimizer
     training = Training(
@@ -119,16 +130,17 @@ def train(config: Config, args: argparse.Namespace) -> None:
 
     def loss_of(model: Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1: z_0 ~ q(z|x), t uniform, eps normal; the gradient of ‖eps - eps_θ(z_t, t)‖²."""
-        z_0 = latent_scale.normalise(sample_posterior(batch["moments"], batch["posterior_noise"]))  # [B,C,h,w]
+        moments = batch["moments"] if "moments" in batch else moments_of(batch["x"])  # [B,2C,h,w]
+        z_0 = latent_scale.normalise(sample_posterior(moments, batch["posterior_noise"]))  # [B,C,h,w]
         t = timesteps(batch["u"], schedule.num_timesteps).to(engine.device)  # [B]
         z_t = q_sample(z_0, t, batch["eps"], schedule)
-        condition = unet_arguments(
+        told = unet_arguments(
             batch["class_label"],
             batch["dropped"],
-            num_classes=config.conditioning.num_classes,
+            num_classes=condition.num_classes,
             width=config.unet.cross_attention_dim,
         )
-        prediction = model(z_t, t, **condition).sample
+        prediction = model(z_t, t, **told).sample
         wanted = target(config.diffusion.prediction_type, z_0, batch["eps"], t, schedule)
         return simple_loss(prediction, wanted).mean(), {}
 
@@ -144,19 +156,54 @@ def train(config: Config, args: argparse.Namespace) -> None:
         program.say(f"trained {config.train.steps} steps; the checkpoints are in {run / 'checkpoints'}")
 
 
-def check_labels(config: Config, described: dict[str, Any]) -> None:
+def open_sets(config: Config, vae: AutoencoderKL) -> dict[str, Any]:
+    """The latent sets' scale and origin, once they are found to fit the VAE and the config."""
+    assert config.data.train_latents is not None
+    described: list[dict[str, Any]] = []
+    for folder in config.data.train_latents:
+        with blame("data.train_latents"):
+            found = latents.open_latents(Path(folder), weights_sha256(vae), config.data.image_size)
+            check_labels(folder, found, config.conditioning.num_classes)
+        described.append(found)
+    return described[0]
+
+
+def check_labels(folder: str, described: dict[str, Any], num_classes: int) -> None:
     """Raise UsageError where the set has a label that num_classes doesn't, or lacks labels."""
     known = sorted(int(label) for label in described["label_counts"])
-    num_classes = config.conditioning.num_classes
     if not known or sum(described["label_counts"].values()) < described["num_samples"]:
-        raise UsageError(
-            f"{config.data.train_latents}: not every sample has a .cls label, which conditioning.kind wants"
-        )
+        raise UsageError(f"{folder}: not every sample has a .cls label, which conditioning.kind wants")
     if known[-1] >= num_classes:
         raise UsageError(
-            f"{config.data.train_latents}: class id {known[-1]} came, 0 to {num_classes - 1} was wanted "
+            f"{folder}: class id {known[-1]} came, 0 to {num_classes - 1} was wanted "
             f"(conditioning.num_classes={num_classes})"
         )
+
+
+def describe_online(
+    config: Config, engine: Engine, vae: AutoencoderKL, moments_of: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The scale and origin of latents that are made in the steps, of images cut in the centre."""
+    data = config.data
+    with blame("data.train_images"):
+        samples = Samples.of(data.train_images, (Pixels(config.seed, data.image_size),), seed=config.seed, data=data)
+    origin = {
+        "vae_sha256": weights_sha256(vae),
+        "image_size": data.image_size,
+        "precision": config.engine.precision,
+        "source_fingerprint": samples.fingerprint,
+    }
+    return engine.main_does(
+        lambda: online.describe(
+            Path(config.run_dir),
+            samples,
+            moments_of,
+            origin=origin,
+            num_images=data.online_scale_images,
+            batch_images=data.encode_batch_images,
+            workers=data.workers,
+        )
+    )
 
 
 def save_picture(run: Path, step: int, config: Config, pipe: ClassConditionalPipeline) -> None:

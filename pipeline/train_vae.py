@@ -21,8 +21,9 @@ from torch.nn import Module
 
 from pipeline import files, program
 from pipeline.config import Config
-from pipeline.data.dataset import ImageSamples
+from pipeline.data.dataset import Samples
 from pipeline.data.draws import Purpose, integer_seed
+from pipeline.data.pieces import Pixels, PosteriorNoise
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.optim import build_adamw, learning_rate_at
@@ -54,15 +55,14 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         )
     side = config.data.image_size // shape.downsampling_factor
     with blame("data.train_images"):
-        samples = ImageSamples(
-            Path(config.data.train_images),
+        samples = Samples.of(
+            config.data.train_images,
+            (
+                Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip),
+                PosteriorNoise(config.seed, (shape.latent_channels, side, side)),
+            ),
             seed=config.seed,
-            lanes=config.data.lanes,
-            block=config.data.shuffle_block,
-            size=config.data.image_size,
-            latent_shape=(shape.latent_channels, side, side),
-            crop=config.data.crop,
-            flip=config.data.flip,
+            data=config.data,
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 1))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor
 from torch.nn import Module
@@ -19,6 +20,7 @@ from pipeline import checkpoint, program
 from pipeline.config import CheckpointConfig, DataConfig, TrackingConfig
 from pipeline.data.dataset import Samples, load_batches
 from pipeline.data.order import DataState, check_ranks, rank_batches
+from pipeline.data.quarantine import BadSample, Count, Quarantine
 from pipeline.ema import Ema
 from pipeline.engine import Engine, StepResult
 from pipeline.errors import RunError, UsageError
@@ -87,6 +89,7 @@ class Training:
         )
         resumed = self._newest()
         self.start = resumed.step if resumed else 0
+        self.replaced = Count(**resumed.state["quarantine"]) if resumed else Count()
         if self.start > course.steps:
             raise UsageError(f"{run}: has made {self.start} steps already, {course.steps} were asked for")
         if resumed:  # weights before the ranks wrap the model, moments after
@@ -134,6 +137,9 @@ class Training:
             pin_memory=engine.device.type == "cuda",
         )
         images = course.global_batch_images
+        quarantine = Quarantine(
+            self.run, data.quarantine, position=self.data.position, count=self.replaced, is_main=engine.is_main
+        )
         with (
             closing(
                 Tracker(self.run, after_step=self.start, tensorboard=tracking.tensorboard, is_main=engine.is_main)
@@ -150,37 +156,65 @@ class Training:
             since, step_since = time.monotonic(), self.start
             for step in range(self.start, course.steps):
                 set_learning_rate(self.optimizer, learning_rate := course.learning_rate(step))
-                result = self._step([next(batches) for _ in range(num_micro)], loss_of)
+                micro_batches, replaced = zip(*(next(batches) for _ in range(num_micro)), strict=True)
+                result, num_replaced = self._step(micro_batches, loss_of, sum(map(len, replaced)))
+                if num_replaced:
+                    self._set_apart(quarantine, [bad for of_batch in replaced for bad in of_batch])
                 self.ema.update(self.core, step)
                 self.data = replace(self.data, position=self.data.position + images)
                 done = step + 1
                 bar.update(images)
-                bar.set_postfix(step=done, loss=f"{result.loss:.4f}", refresh=False)
+                shown = {"step": done, "loss": f"{result.loss:.4f}"}
+                bar.set_postfix(
+                    shown | ({"replaced": self.replaced.total} if self.replaced.total else {}), refresh=False
+                )
                 if done % tracking.every_steps == 0 or done == course.steps:
                     now = time.monotonic()
                     row = {"step": done, "position": self.data.position, "loss": result.loss, **result.parts}
-                    row |= {"learning_rate": learning_rate, "grad_norm": result.grad_norm}
+                    row |= {
+                        "learning_rate": learning_rate,
+                        "grad_norm": result.grad_norm,
+                        "replaced": self.replaced.total,
+                    }
                     tracker.write(row | {"images_per_s": (done - step_since) * images / (now - since)})
                     since, step_since = now, done
                 yield done
                 if done % saving.every_steps == 0 or done == course.steps:
                     self._save(done, saving)
 
-    def _step(self, micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> StepResult:
-        """One optimizer step; an error tells its place."""
+    def _step(
+        self, micro_batches: Sequence[dict[str, Tensor]], loss_of: LossOf, num_replaced: int
+    ) -> tuple[StepResult, int]:
+        """One optimizer step, and the number of samples replaced in it over all ranks; an error tells its place."""
+        # Among the loss's parts, which are averaged over micro-batches and ranks: no collective of its own.
+        counted = torch.tensor(float(num_replaced), device=self.engine.device)
+
+        def loss_and_count(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, parts = loss_of(self.model, batch)
+            return loss, {**parts, "replaced": counted}
+
         try:
-            return self.engine.step(
-                self.model,
-                self.optimizer,
-                micro_batches,
-                lambda batch: loss_of(self.model, batch),
-                clip_norm=self.course.clip_norm,
+            result = self.engine.step(
+                self.model, self.optimizer, micro_batches, loss_and_count, clip_norm=self.course.clip_norm
             )
         except RunError as error:
             first, last = self.data.position, self.data.position + self.course.global_batch_images - 1
             raise RunError(
                 f"step {first // self.course.global_batch_images + 1}, positions {first} to {last}: {error}"
             ) from error
+        return result, round(result.parts.pop("replaced") * self.engine.num_ranks)
+
+    def _set_apart(self, quarantine: Quarantine, replaced: list[BadSample]) -> None:
+        """Write down and count what all ranks replaced in this step.  Raises UsageError beyond a budget."""
+        found = [BadSample(**row) for rows in self.engine.gather([b.to_json() for b in replaced]) for row in rows]
+        if self.engine.is_main and self.replaced.total == 0:
+            bad = min(found, key=lambda bad: bad.position)
+            program.say(
+                f"warning: {bad.shard}: sample {bad.key!r}: {bad.reason}; it is replaced, as all like it will be "
+                f"(see {quarantine.path})"
+            )
+        quarantine.add(found)
+        self.replaced = quarantine.count
 
     def _save(self, step: int, saving: CheckpointConfig) -> None:
         def write() -> None:
@@ -191,7 +225,7 @@ class Training:
                 model=self.core,
                 moments=moments(self.optimizer, self.core),
                 ema=self.ema.state(),
-                state={"data": self.data.to_json(), **self.record},
+                state={"data": self.data.to_json(), "quarantine": asdict(self.replaced), **self.record},
             )
             checkpoint.prune(
                 self.run / "checkpoints", keep_last=saving.keep_last, keep_every_steps=saving.keep_every_steps

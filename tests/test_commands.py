@@ -383,7 +383,7 @@ def test_every_sample_is_read_if_asked(do: Do, digits: Path, tmp_path: Path) -> 
     shard.write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])
     done = do("index", shard.parent, "--samples")
     listed = shard.parent / "index" / "bad_samples.jsonl"
-    reason = "not a readable JPEG, PNG, WEBP image: its beginning is of none of these"
+    reason = "not a readable JPEG, PNG, WEBP image: none of these"
     assert done.code == 1
     assert done.err.splitlines()[-2:] == [
         f"1  {reason}; first: 000000.tar: '00000000'",

@@ -1,16 +1,11 @@
-"""Position → sample, with every draw that belongs to it.
-
-A sample's noise, timestep and dropout are drawn here, in the loader's processes, because they are functions of the
-position alone: the step loop receives all that is random and draws nothing.
-"""
+"""Position → sample → batch: what lies at a position is read, and a sample that can't be read keeps its slot."""
 
 from __future__ import annotations
 
 import signal
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,202 +13,136 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.conditioning import is_dropped
-from pipeline.data import draws, images, latents
+from pipeline import files
+from pipeline.config import DataConfig
+from pipeline.data import draws, images
 from pipeline.data.draws import Purpose
 from pipeline.data.index import ShardSet
-from pipeline.data.order import Order
-from pipeline.diffusion.objectives import stratified
-from pipeline.errors import SampleError, UsageError
+from pipeline.data.order import Mix, Order
+from pipeline.data.pieces import Piece, class_label, image_part
+from pipeline.data.quarantine import BadSample
+from pipeline.errors import RunError, SampleError, UsageError, blame
 
 Batch = dict[str, Tensor]
+Place = tuple[int, int, int]  # set, shard, row
+TRIES_IN_SHARD, TRIES = 8, 64  # for a sample to take a slot: in the same shard at first, which is open; then in its set
 
 
-class Samples(Dataset[Batch], ABC):
-    """Reads samples by position.  Asked for a list of positions, it gives one batch of stacked tensors.
+class Samples(Dataset[Any]):
+    """Reads samples by position; asked for a list of positions, it gives one batch of stacked tensors.
 
-    An error comes back in the batch's place, as a message: what a loader process raises would reach the step loop as
-    a traceback.
+    A sample whose content can't be read (a piece raises ValueError) is replaced by another one of its set: the seed
+    and the position say which.  What can't be had for other reasons ends the run; it comes back in the batch's place,
+    because what a loader process raises would reach the step loop as a traceback.
     """
 
-    def __init__(self, folder: Path, seed: int, lanes: int, block: int) -> None:
-        self.shards = ShardSet(folder, open_shards=lanes)
+    def __init__(
+        self,
+        sets: Sequence[ShardSet],
+        pieces: Sequence[Piece],
+        *,
+        seed: int,
+        lanes: int,
+        block: int,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
+        """`pieces`: together they make a sample; `weights`: of each set.  Raises UsageError as Order and Mix do."""
+        self.sets, self.pieces, self.weights = tuple(sets), tuple(pieces), tuple(weights)
         self.seed, self.lanes, self.block = seed, lanes, block
-        self._order = self._make_order()
+        self._mix = self._make_mix()
 
-    def _make_order(self) -> Order:
-        return Order(self.shards.counts, self.seed, self.lanes, self.block)
+    @classmethod
+    def of(cls, folders: Sequence[str], pieces: Sequence[Piece], *, seed: int, data: DataConfig) -> Samples:
+        """The sets in these folders, in the order and the mix that the config says."""
+        sets = [ShardSet(Path(folder), open_shards=data.lanes) for folder in folders]
+        return cls(sets, pieces, seed=seed, lanes=data.lanes, block=data.shuffle_block, weights=data.weights or (1.0,))
+
+    def _make_mix(self) -> Mix:
+        orders: list[Order] = []
+        for shards in self.sets:
+            with blame(str(shards.folder)):
+                orders.append(Order(shards.counts, self.seed, self.lanes, self.block))
+        return Mix(orders, self.weights)
 
     @property
     def fingerprint(self) -> str:
-        """Of the indexed shards."""
-        return self.shards.fingerprint
+        """Of the indexed shards; of several sets, of their weights too."""
+        if len(self.sets) == 1:
+            return self.sets[0].fingerprint
+        return files.fingerprint([[s.fingerprint, w] for s, w in zip(self.sets, self.weights, strict=True)])
 
-    @property
-    def epoch_length(self) -> int:
-        """Positions per epoch, in samples."""
-        return self._order.epoch_length
+    def place(self, position: int) -> Place:
+        """What lies at a position."""
+        return self._mix(position)
 
-    @abstractmethod
-    def sample(self, position: int, parts: dict[str, bytes]) -> dict[str, Any]:
-        """The arrays of one sample."""
+    def where(self, place: Place) -> str:
+        """A sample's place, for messages."""
+        return self.sets[place[0]].where(*place[1:])
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        shard, row = self._order(position)
+    def __getitem__(self, position: int) -> tuple[dict[str, Any], BadSample | None]:
+        """The arrays at a position, and, where its own sample could not be read, which that was."""
+        due = self.place(position)
+        first: tuple[str, str] | None = None
+        for place in (due, *(self._substitute(position, due, turn) for turn in range(TRIES))):
+            try:
+                key, sample = self._read(position, place)
+            except ValueError as error:
+                first = first or (self.sets[due[0]].key(*due[1:]), str(error))
+            else:
+                bad = BadSample(position, self.sets[due[0]].path(due[1]), *first, key) if first else None
+                return sample, bad
+        raise UsageError(f"{self.where(due)}: {first and first[1]}; nor could {TRIES} others of its set be read")
+
+    def _read(self, position: int, place: Place) -> tuple[str, dict[str, Any]]:
         try:
-            _, parts = self.shards.read(shard, row)
-            return self.sample(position, parts)
-        except (ValueError, OSError) as error:
-            raise UsageError(f"{self.shards.where(shard, row)}: {error}") from None
+            key, parts = self.sets[place[0]].read(*place[1:])
+        except OSError as error:  # the disk's fault or the network's, not the sample's: another try may find it
+            raise RunError(f"{self.where(place)}: {error}") from error
+        with_all: dict[str, Any] = {}
+        for piece in self.pieces:
+            try:
+                with_all |= piece(position, parts)
+            except UsageError as error:
+                raise UsageError(f"{self.where(place)}: {error}") from None
+        return key, with_all
 
-    def __getitems__(self, positions: list[int]) -> Batch | str:
+    def _substitute(self, position: int, due: Place, turn: int) -> Place:
+        """The turn-th other sample to take a slot."""
+        a_set, shard, _ = due
+        word = int(draws.stream(self.seed, Purpose.SUBSTITUTE, position, fine=turn).random_raw())
+        if turn < TRIES_IN_SHARD:
+            return a_set, shard, word % self.sets[a_set].counts[shard]
+        ends = np.cumsum(self.sets[a_set].counts)
+        line = word % int(ends[-1])
+        shard = int(np.searchsorted(ends, line, side="right"))
+        return a_set, shard, line - int(ends[shard] - self.sets[a_set].counts[shard])
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         try:
-            samples = [self[position] for position in positions]
-            for position, sample in zip(positions, samples, strict=True):
-                self._check_shapes(position, sample, samples[0])
-        except UsageError as error:
-            return str(error)
-        return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
-
-    def _check_shapes(self, position: int, sample: dict[str, Any], wanted: dict[str, Any]) -> None:
-        for name, array in sample.items():
-            if array.shape != wanted[name].shape:
-                raise UsageError(
-                    f"{self.shards.where(*self._order(position))}: {name} of shape {list(array.shape)} came, "
-                    f"{list(wanted[name].shape)} as in the others of its batch was wanted"
-                )
+            found = [self[position] for position in positions]
+        except (UsageError, RunError) as error:
+            return {"error": str(error), "is_usage": isinstance(error, UsageError)}
+        samples = [sample for sample, _ in found]
+        return {
+            "batch": {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]},
+            "replaced": [bad.to_json() for _, bad in found if bad],
+        }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+        return {name: value for name, value in self.__dict__.items() if name != "_mix"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._order = self._make_order()
-
-
-class ImageSamples(Samples):
-    """For the autoencoder: `x` float32 [3,H,W] in [-1,1], `posterior_noise` float32 [C,h,w]."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        seed: int,
-        lanes: int,
-        block: int,
-        size: int,
-        latent_shape: tuple[int, int, int],
-        crop: Literal["centre", "random"] = "centre",
-        flip: bool = False,
-    ) -> None:
-        """`size`: pixels; `latent_shape`: (C, h, w) of the posterior's noise; `crop`, `flip`: see DataConfig."""
-        super().__init__(folder, seed, lanes, block)
-        self.size, self.latent_shape = size, latent_shape
-        self.crop: Literal["centre", "random"] = crop
-        self.flip = flip
-
-    def sample(self, position: int, parts: dict[str, bytes]) -> dict[str, Any]:
-        """See the class."""
-        along = draws.uniform(self.seed, Purpose.CROP, position) if self.crop == "random" else None
-        mirrored = self.flip and draws.uniform(self.seed, Purpose.FLIP, position) < 0.5
-        return {
-            "x": images.to_unit(images.decode(image_part(parts), self.size, along=along, mirrored=mirrored)),
-            "posterior_noise": draws.normal(self.seed, Purpose.POSTERIOR, position, self.latent_shape),
-        }
-
-
-class LatentSamples(Samples):
-    """For the U-Net.  A sample is
-
-    `moments` float32 [2C,h,w], `posterior_noise` and `eps` float32 [C,h,w], `u` float64 in [0,1) (the timestep's
-    draw, stratified over the global batch), `class_label` int64, `dropped` bool (see the null condition instead).
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        seed: int,
-        lanes: int,
-        block: int,
-        global_batch: int,
-        num_classes: int,
-        dropout: float,
-    ) -> None:
-        """`dropout`: share of samples that lose their condition."""
-        super().__init__(folder, seed, lanes, block)
-        self.global_batch, self.num_classes, self.dropout = global_batch, num_classes, dropout
-
-    def sample(self, position: int, parts: dict[str, bytes]) -> dict[str, Any]:
-        """See the class."""
-        if latents.PART not in parts:
-            raise ValueError(f"no {latents.PART} among its parts {', '.join(sorted(parts))}")
-        moments = latents.moments_from_bytes(parts[latents.PART])
-        shape = (moments.shape[0] // 2, *moments.shape[1:])
-        step, slot = divmod(position, self.global_batch)
-        u_0 = draws.uniform(self.seed, Purpose.TIMESTEP, step)
-        u_dropout = draws.uniform(self.seed, Purpose.CONDITION_DROPOUT, position)
-        return {
-            "moments": moments,
-            "posterior_noise": draws.normal(self.seed, Purpose.POSTERIOR, position, shape),
-            "eps": draws.normal(self.seed, Purpose.NOISE, position, shape),
-            "u": np.float64(stratified(u_0, slot, self.global_batch)),
-            "class_label": np.int64(class_label(parts, self.num_classes)),
-            "dropped": np.bool_(is_dropped(u_dropout, self.dropout)),
-        }
-
-
-def image_part(parts: dict[str, bytes]) -> bytes:
-    """The image among a sample's parts.  Raises ValueError."""
-    for name, data in parts.items():
-        if name in images.PARTS:
-            return data
-    raise ValueError(f"no image among its parts {', '.join(sorted(parts))}")
-
-
-def class_label(parts: dict[str, bytes], num_classes: int | None = None) -> int:
-    """The integer in `.cls`.  Raises ValueError where it is missing, no number, or out of range."""
-    if "cls" not in parts:
-        raise ValueError("no .cls part")
-    try:
-        label = int(parts["cls"])
-    except ValueError:
-        raise ValueError(f".cls holds {parts['cls'][:40]!r}, an integer was wanted") from None
-    if label < 0 or (num_classes is not None and label >= num_classes):
-        wanted = (
-            "0 or more" if num_classes is None else f"0 to {num_classes - 1} (conditioning.num_classes={num_classes})"
-        )
-        raise ValueError(f"class id {label} came, {wanted} was wanted")
-    return label
-
-
-def read_images(folder: Path, *, size: int, limit: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images uint8 [N,H,W,3] and labels int64 [N] of a whole set, or of `limit` evenly spaced samples of it.
-
-    Raises UsageError naming the sample where one can't be read.
-    """
-    shards = ShardSet(folder, open_shards=1)
-    places = [(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
-    if len(places) > limit:
-        places = [places[i * len(places) // limit] for i in range(limit)]
-    pixels: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for shard, row in places:
-        try:
-            _, parts = shards.read(shard, row)
-            pixels.append(images.decode(image_part(parts), size))
-            labels.append(class_label(parts))
-        except (ValueError, OSError) as error:
-            raise UsageError(f"{shards.where(shard, row)}: {error}") from None
-    if not pixels:
-        raise UsageError(f"{folder}: the set is empty")
-    return np.stack(pixels), np.array(labels, dtype=np.int64)
+        self._mix = self._make_mix()
 
 
 def load_batches(
     samples: Samples, positions: Iterable[list[int]], *, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """One batch per list of positions, in order, read ahead by `workers` processes.  Raises UsageError."""
+) -> Iterator[tuple[Batch, list[BadSample]]]:
+    """For each list of positions, in order, one batch and what was replaced in it; `workers` processes read ahead.
+
+    Raises SampleError or RunError where a sample can't be had.
+    """
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=cast(Any, _Once(positions)),
@@ -222,10 +151,10 @@ def load_batches(
         worker_init_fn=_leave_signals_to_the_program,
         pin_memory=pin_memory,
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise SampleError(batch)
-        yield cast(Batch, batch)
+    for loaded in loader:
+        if "error" in loaded:
+            raise (SampleError if loaded["is_usage"] else RunError)(loaded["error"])
+        yield loaded["batch"], [BadSample(**row) for row in loaded["replaced"]]
 
 
 class _Once:
@@ -247,3 +176,30 @@ def _leave_signals_to_the_program(worker: int) -> None:
     del worker
     for polite in (signal.SIGTERM, signal.SIGINT):
         signal.signal(polite, signal.SIG_IGN)
+
+
+def read_images(folder: Path, *, size: int, limit: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[BadSample]]:
+    """Images uint8 [N,H,W,3] and labels int64 [N] of a whole set, or of `limit` evenly spaced samples of it.
+
+    And those that can't be read, which are left out.  Raises UsageError where nothing is left.
+    """
+    shards = ShardSet(folder, open_shards=1)
+    places = [(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
+    if len(places) > limit:
+        places = [places[i * len(places) // limit] for i in range(limit)]
+    pixels: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    bad: list[BadSample] = []
+    for number, (shard, row) in enumerate(places):
+        key, parts = shards.read(shard, row)
+        try:
+            image, label = images.decode(image_part(parts), size), class_label(parts)
+        except ValueError as error:
+            bad.append(BadSample(number, shards.path(shard), key, str(error)))
+        else:
+            pixels.append(image)
+            labels.append(label)
+    if not pixels:
+        told = f"none of its {len(places)} samples can be read; the first: {bad[0].reason}" if bad else "it is empty"
+        raise UsageError(f"{folder}: {told}")
+    return np.stack(pixels), np.array(labels, dtype=np.int64), bad

@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     LINE_START = 9
     CROP = 10
     FLIP = 11
+    SUBSTITUTE = 12
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:

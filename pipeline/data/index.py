@@ -263,9 +263,17 @@ class ShardSet:
                     raise OSError(f"{self.folder / self.names[shard]}: {size} bytes wanted at {offset}: short read")
         return index.keys[row], parts
 
+    def path(self, shard: int) -> str:
+        """Where a shard lies."""
+        return str(self.folder / self.names[shard])
+
+    def key(self, shard: int, row: int) -> str:
+        """A sample's key."""
+        return self._index(shard).keys[row]
+
     def where(self, shard: int, row: int) -> str:
         """A sample's place, for error messages."""
-        return f"{self.folder / self.names[shard]}: sample {self._index(shard).keys[row]!r}"
+        return f"{self.path(shard)}: sample {self.key(shard, row)!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "open_shards": self._index.cache_info().maxsize}

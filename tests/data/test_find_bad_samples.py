@@ -71,15 +71,15 @@ GOOD = {
 }
 BAD = {
     "torn": ({"jpg": picture()[:-900], "cls": b"1"}, NOT_READABLE + "image file is truncated ("),
-    "empty": ({"png": b"", "cls": b"1"}, NOT_READABLE + "it is empty"),
-    "gif": ({"jpg": picture("GIF"), "cls": b"1"}, NOT_READABLE + "its beginning is of none of these"),
+    "empty": ({"png": b"", "cls": b"1"}, NOT_READABLE + "none of these"),
+    "gif": ({"jpg": picture("GIF"), "cls": b"1"}, NOT_READABLE + "none of these"),
     "huge": ({"png": huge_png(), "cls": b"1"}, NOT_READABLE),
     "latin1": ({"jpg": picture(), "txt": "grüße".encode("latin-1")}, ".txt is not UTF-8: invalid start byte at byte 2"),
     "word": ({"jpg": picture(), "cls": b"abc"}, ".cls holds b'abc', an integer was wanted"),
     "negative": ({"jpg": picture(), "cls": b"-1"}, "class id -1 came, 0 or more was wanted"),
     "nan": ({latents.PART: not_finite(), "cls": b"1"}, "the moments are not finite"),
     "torn moments": ({latents.PART: moments()[:-3], "cls": b"1"}, ""),
-    "wrong moments": ({latents.PART: moments(), "jpg": b"", "cls": b"1"}, NOT_READABLE + "it is empty"),
+    "wrong moments": ({latents.PART: moments(), "jpg": b"", "cls": b"1"}, NOT_READABLE + "none of these"),
 }
 REQUIRED = (images.PARTS | {latents.PART},)
 

@@ -1,0 +1,126 @@
+"""Position and parts → the arrays of a sample: what is read, and every draw that belongs to it.
+
+A training puts together the pieces that it needs.  All that is random is drawn here, in the loader's processes, because
+it is a function of the position alone: the step loop receives it and draws nothing.  A piece raises ValueError where
+the sample's content can't be used, and UsageError where the config can't.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.conditioning import is_dropped
+from pipeline.data import draws, images, latents
+from pipeline.data.draws import Purpose
+from pipeline.diffusion.objectives import stratified
+from pipeline.errors import UsageError
+
+Parts = dict[str, bytes]
+Piece = Callable[[int, Parts], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """`x` float32 [3,H,W] in [-1,1]: a square of `size` pixels, cut and mirrored as DataConfig says."""
+
+    seed: int
+    size: int
+    crop: Literal["centre", "random"] = "centre"
+    flip: bool = False
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        along = draws.uniform(self.seed, Purpose.CROP, position) if self.crop == "random" else None
+        mirrored = self.flip and draws.uniform(self.seed, Purpose.FLIP, position) < 0.5
+        return {"x": images.to_unit(images.decode(image_part(parts), self.size, along=along, mirrored=mirrored))}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """`moments` float32 [2C,h,w] of one of the views that encode wrote."""
+
+    seed: int
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del position
+        if latents.PART not in parts:
+            raise ValueError(f"no {latents.PART} among its parts {', '.join(sorted(parts))}")
+        moments = latents.moments_from_bytes(parts[latents.PART])
+        wanted = (2 * self.latent_shape[0], *self.latent_shape[1:])
+        if moments.shape != wanted:
+            raise ValueError(f"moments of shape {list(moments.shape)} came, {list(wanted)} was wanted")
+        return {"moments": moments}
+
+
+@dataclass(frozen=True)
+class PosteriorNoise:
+    """`posterior_noise` float32 [C,h,w]: the draw that makes a latent of the moments."""
+
+    seed: int
+    latent_shape: tuple[int, int, int]
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del parts
+        return {"posterior_noise": draws.normal(self.seed, Purpose.POSTERIOR, position, self.latent_shape)}
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """`eps` float32 [C,h,w], and `u` float64 in [0,1), the timestep's draw, stratified over the global batch."""
+
+    seed: int
+    latent_shape: tuple[int, int, int]
+    global_batch: int
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del parts
+        step, slot = divmod(position, self.global_batch)
+        u_0 = draws.uniform(self.seed, Purpose.TIMESTEP, step)
+        return {
+            "eps": draws.normal(self.seed, Purpose.NOISE, position, self.latent_shape),
+            "u": np.float64(stratified(u_0, slot, self.global_batch)),
+        }
+
+
+@dataclass(frozen=True)
+class ClassCondition:
+    """`class_label` int64, and `dropped` bool: whether the null condition is seen instead."""
+
+    seed: int
+    num_classes: int
+    dropout: float  # share of samples that lose their condition
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        label = class_label(parts)
+        if label >= self.num_classes:
+            raise UsageError(
+                f"class id {label} came, 0 to {self.num_classes - 1} was wanted "
+                f"(conditioning.num_classes={self.num_classes})"
+            )
+        u = draws.uniform(self.seed, Purpose.CONDITION_DROPOUT, position)
+        return {"class_label": np.int64(label), "dropped": np.bool_(is_dropped(u, self.dropout))}
+
+
+def image_part(parts: Parts) -> bytes:
+    """The image among a sample's parts.  Raises ValueError."""
+    for name, data in parts.items():
+        if name in images.PARTS:
+            return data
+    raise ValueError(f"no image among its parts {', '.join(sorted(parts))}")
+
+
+def class_label(parts: Parts) -> int:
+    """The integer in `.cls`.  Raises ValueError where it is missing, no number, or negative."""
+    if "cls" not in parts:
+        raise ValueError("no .cls part")
+    if not re.fullmatch(rb"\s*[+-]?[0-9]{1,18}\s*", parts["cls"]):
+        raise ValueError(f".cls holds {parts['cls'][:40]!r}, an integer was wanted")
+    label = int(parts["cls"])
+    if label < 0:
+        raise ValueError(f"class id {label} came, 0 or more was wanted")
+    return label
