@@ -7,7 +7,7 @@ every W.  The N mod C samples before the start stay unread in that epoch; anothe
 
 Several sets are mixed by a pattern that repeats: each lane walks along it, one place further on than the lane before,
 and takes its next sample of the set that it finds there.  So a lane reads each set in that set's own order, and at
-every position the sets' shares are kept as nearly as whole samples can.
+every stretch of its places the sets come in their shares: of two, to within one sample.
 """
 
 from __future__ import annotations

@@ -3,14 +3,21 @@
 `segments` says when a run ends and how many there are when it goes on; whatever reads positions is held against it.
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.data import latents
+from pipeline.data.dataset import Samples, load_batches
+from pipeline.data.index import ShardSet, build_index
 from pipeline.data.order import Mix, Order, check_ranks, rank_batches
+from pipeline.data.pieces import Diffusion, Moments, PosteriorNoise
 
 LANES, BLOCK, SEED = 24, 16, 9
 GLOBAL_BATCH = 48
@@ -122,3 +129,100 @@ def test_no_sample_is_lost_or_read_twice_but_the_tail(counts: list[list[int]], w
             places = [place for of_lane in in_lanes for place in of_lane[epoch * length : (epoch + 1) * length]]
             assert len(set(places)) == len(places) == len(every) - len(every) % LANES
             assert set(places) <= every
+
+
+REAL_COUNTS = ([7, 0, 130, 41, 3, 0, 12], [60, 0, 5])
+SHAPE = (1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def real_sets(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., Path]) -> list[Path]:
+    """Latent shards, uneven and empty ones among them; a sample's moments are its set and its number."""
+    folders: list[Path] = []
+    for a_set, counts in enumerate(REAL_COUNTS):
+        folder = tmp_path_factory.mktemp(f"set{a_set}")
+        number = 0
+        for shard, count in enumerate(counts):
+            samples: list[dict[str, Any]] = []
+            for _ in range(count):
+                moments = latents.moments_to_bytes(np.array([a_set, number]).reshape(2, 1, 1))
+                samples.append({"__key__": f"{number:05d}", latents.PART: moments, "cls": b"0"})
+                number += 1
+            write_tar(folder / f"{shard:03d}.tar", samples)
+        build_index(folder)
+        folders.append(folder)
+    return folders
+
+
+def real_samples(folders: Sequence[Path], weights: tuple[float, ...]) -> Samples:
+    """As a process that knows its settings and the folders makes it."""
+    pieces = (Moments(SEED, SHAPE), PosteriorNoise(SEED, SHAPE), Diffusion(SEED, SHAPE, GLOBAL_BATCH))
+    sets = [ShardSet(folder, open_shards=LANES) for folder in folders]
+    return Samples(sets, pieces, seed=SEED, lanes=LANES, block=BLOCK, weights=weights)
+
+
+def read_really(segment: Segment, folders: Sequence[Path], weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    """What all ranks' loaders deliver of a segment, in order of position.
+
+    One rank, another in each segment, has its loader processes; the others read by themselves, to save time.
+    """
+    share = GLOBAL_BATCH // segment.world
+    loaded: list[dict[str, torch.Tensor]] = []
+    positions: list[int] = []
+    for rank in range(segment.world):
+        lists = list(
+            rank_batches(
+                segment.start,
+                segment.stop,
+                global_batch=GLOBAL_BATCH,
+                micro_batch=share,
+                rank=rank,
+                num_ranks=segment.world,
+            )
+        )
+        workers = segment.workers if rank == segment.start // GLOBAL_BATCH % segment.world else 0
+        samples = real_samples(folders, weights)
+        for batch, replaced in load_batches(samples, lists, workers=workers, pin_memory=False):
+            assert replaced == []
+            loaded.append(batch)
+        positions += [position for of_batch in lists for position in of_batch]
+    back = torch.argsort(torch.tensor(positions))
+    return {name: torch.cat([batch[name] for batch in loaded])[back] for name in loaded[0]}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("num_sets", "weights"), [(1, (1.0,)), (2, (0.75, 0.25))])
+def test_real_tars_give_the_same_global_batches(
+    real_sets: list[Path], num_sets: int, weights: tuple[float, ...]
+) -> None:
+    folders = real_sets[:num_sets]
+    made = list(segments(3, most_batches=2))
+    undisturbed = read_really(Segment(1, 0, 0, made[-1].stop), folders, weights)
+    assert len(undisturbed["u"]) == made[-1].stop
+    for segment in made:
+        for name, tensor in read_really(segment, folders, weights).items():
+            assert torch.equal(tensor, undisturbed[name][segment.start : segment.stop]), (segment, name)
+    order = [Order(list(counts), SEED, LANES, BLOCK) for counts in REAL_COUNTS[:num_sets]]
+    firsts = [np.cumsum([0, *counts]) for counts in REAL_COUNTS]
+    mix = Mix(order, weights)
+    for position, (a_set, number) in enumerate(undisturbed["moments"].flatten(1).int().tolist()):
+        of_set, shard, row = mix(position)
+        assert (a_set, number) == (of_set, int(firsts[of_set][shard]) + row)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_one_shard_serves_eight_ranks_of_four_processes(real_sets: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    shutil.copy(real_sets[0] / "002.tar", folder)
+    build_index(folder)
+    samples = real_samples([folder], (1.0,))
+    whole, _ = next(load_batches(samples, [list(range(2 * GLOBAL_BATCH))], workers=0, pin_memory=False))
+    for rank in range(8):
+        lists = list(
+            rank_batches(0, 2 * GLOBAL_BATCH, global_batch=GLOBAL_BATCH, micro_batch=2, rank=rank, num_ranks=8)
+        )
+        found = list(load_batches(real_samples([folder], (1.0,)), lists, workers=4, pin_memory=False))
+        assert len(found) == len(lists) == 6
+        for (batch, _), positions in zip(found, lists, strict=True):
+            assert all(torch.equal(batch[name], whole[name][positions]) for name in whole)
