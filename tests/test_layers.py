@@ -27,9 +27,9 @@ LAYERS = {
     """,
     "L1 parts": """
         pipeline
-        pipeline.data pipeline.data.draws pipeline.data.tar pipeline.data.index pipeline.data.order pipeline.data.images
-        pipeline.data.latents pipeline.data.dataset pipeline.data.emoji pipeline.data.tables pipeline.data.sources
-        pipeline.data.preview pipeline.data.prepare
+        pipeline.data pipeline.data.draws pipeline.data.tar pipeline.data.store pipeline.data.cache pipeline.data.remote
+        pipeline.data.index pipeline.data.order pipeline.data.images pipeline.data.latents pipeline.data.dataset
+        pipeline.data.emoji pipeline.data.tables pipeline.data.sources pipeline.data.preview pipeline.data.prepare
         pipeline.diffusion pipeline.diffusion.schedule pipeline.diffusion.process pipeline.diffusion.objectives
         pipeline.class_conditional pipeline.conditioning pipeline.unet pipeline.ema pipeline.optim
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
