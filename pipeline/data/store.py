@@ -13,7 +13,7 @@ from pipeline.errors import RunError, UsageError
 
 PIECE = 8 << 20  # bytes asked for at once
 LEAST = 64 << 10  # bytes that a short answer must bring: so the number of requests is bounded by the size
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before a request is made again; doubled each time, and a random part
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before a request is made again: a random part of it, doubled each time
 EXTRAS = {"http": "remote", "https": "remote", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of pyproject
 PASSING = (408, 425, 429)  # the only statuses from 400 to 499 that may be another one later
 WRONG = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, ImportError)
@@ -82,19 +82,20 @@ class Store:
         return self._retried(name, ask)
 
     def _retried(self, name: str, ask: Callable[[], bytes]) -> bytes:
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
         attempts = self.config.attempts
         retrying = Retrying(
             stop=stop_after_attempt(attempts),
-            wait=wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S),
+            wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
             retry=retry_if_exception(_may_pass),
             reraise=True,
         )
         try:
             return retrying(ask)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = error if str(error) else error.__cause__ or error  # fsspec's own timeout says nothing
+            reason = " ".join(f"{type(told).__name__}: {told}".split())
             if not _may_pass(error):
                 raise UsageError(f"{self.where(name)}: {reason}") from error
             raise RunError(
