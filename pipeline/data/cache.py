@@ -21,7 +21,8 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
+from io import BufferedRandom, BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,7 +75,7 @@ class Cache:
     def _add(self, path: Path, size: int, download: Callable[[BinaryIO], None]) -> BinaryIO | None:
         """Download a shard and hold it; None where another process did, or removed our file aside."""
         part = path.with_suffix(".part")
-        file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        file = BufferedRandom(_Locked(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b"))
         try:
             flock(file, LOCK_EX)
             if not _is_named(file, part) or path.exists():
@@ -125,9 +126,25 @@ class Cache:
     @contextmanager
     def _locked(self) -> Generator[None]:
         """While no other process counts, renames or removes."""
-        with (self.folder / "lock").open("ab") as file:
+        with _Locked(self.folder / "lock", "ab") as file:
             flock(file, LOCK_EX)
             yield
+
+
+class _Locked(FileIO):
+    """A file that is unlocked when the process that opened it closes it: one that was forked from it has it open too,
+    so closing alone would not do; and what that one closes stays locked.
+    """
+
+    def __init__(self, file: Path | int, mode: str) -> None:
+        super().__init__(file, mode)
+        self.process = os.getpid()
+
+    def close(self) -> None:
+        """See the class."""
+        if not self.closed and self.process == os.getpid():
+            flock(self, LOCK_UN)
+        super().close()
 
 
 def room(size: int) -> int:
@@ -139,7 +156,7 @@ def room(size: int) -> int:
 def _hold(path: Path) -> BinaryIO | None:
     """Open a shard so that it is not removed; None where there is none."""
     try:
-        file = path.open("rb")
+        file = BufferedReader(_Locked(path, "rb"))
     except FileNotFoundError:
         return None
     flock(file, LOCK_SH)
@@ -152,7 +169,7 @@ def _hold(path: Path) -> BinaryIO | None:
 
 def _remove(path: Path) -> bool:
     """Whether nobody holds a file; then it is gone."""
-    with path.open("r+b") as file:
+    with _Locked(path, "r+b") as file:
         try:
             flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError:

@@ -98,6 +98,7 @@ class Watch:
             with (self.folder / "lock").open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 found = [entry.stat() for entry in os.scandir(self.folder)]
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile has it too
             sizes = sum(status.st_size for status in found), sum(512 * status.st_blocks for status in found)
             self.most, self.looks = max(self.most, *sizes), self.looks + 1
 
@@ -306,6 +307,39 @@ def test_what_was_read_longest_ago_makes_room_but_not_what_is_open(folder: Path,
             assert file.read() == (folder / "000.tar").read_bytes()
         shards.read(4, 0)
         assert cached(config) == {names[1], names[3], names[4]}
+
+
+def close_when_told(file: Any, told: Any, closed: Any) -> None:
+    told.wait(10)
+    file.close()
+    closed.set()
+    told.clear()
+    told.wait(10)
+
+
+def test_a_forked_process_neither_frees_nor_keeps_what_its_parent_has_open(folder: Path, tmp_path: Path) -> None:
+    config = settings(tmp_path, shards=1)
+    kept = files.sha256(folder / "000.tar")
+    told, closed = FORK.Event(), FORK.Event()
+
+    with serving(folder) as server:
+        shards = ShardSet(server.url, open_shards=1, remote=config)
+        file = shards.open_shard(0)
+        forked = [FORK.Process(target=close_when_told, args=(file, event, closed)) for event in (told, FORK.Event())]
+        for process in forked:
+            process.start()
+        told.set()
+        assert closed.wait(10)
+        other = threading.Thread(target=lambda: shards.read(1, 0))
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and kept in cached(config)  # it waits: the parent still reads
+        file.close()
+        other.join(10)
+        assert not other.is_alive() and cached(config) == {files.sha256(folder / "001.tar")}
+        for process in forked:
+            process.kill()
+            process.join()
 
 
 def test_a_shard_larger_than_the_cache_is_refused_at_once(folder: Path, tmp_path: Path) -> None:
