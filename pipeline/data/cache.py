@@ -8,8 +8,8 @@ trusted.  The folder's files are all the bookkeeping there is:
     SHA256.part   a download.  Who downloads holds it with an exclusive lock, and other processes that want the same
                   shard wait for that; it has the shard's full size from the start, so its room is counted.
 
-The kernel frees the locks of a killed process.  Nobody keeps a shard open longer than a read, or a pass through it,
-takes: an open file would stay on the disk after its removal, uncounted.
+The kernel frees the locks of a killed process.  A shard is opened anew for each read, or each pass through it: one that
+stayed open would occupy the disk after its removal, uncounted, or, as it is held, could never make room.
 """
 
 from __future__ import annotations
