@@ -105,7 +105,7 @@ def encode_set(engine: Engine, vae: AutoencoderKL, shards: ShardSet, out: Path, 
     mine = range(engine.rank, len(shards.names), engine.num_ranks)
     with tqdm(
         total=sum(shards.counts[i] for i in mine),
-        desc=f"encode {shards.folder}",
+        desc=f"encode {shards.location}",
         unit=" images",
         dynamic_ncols=True,
         disable=not engine.is_main,
@@ -114,7 +114,7 @@ def encode_set(engine: Engine, vae: AutoencoderKL, shards: ShardSet, out: Path, 
             if (out / name).exists() and _record(out, name).exists():
                 bar.update(count)
             else:
-                encode_shard(engine, vae, shards.folder / name, out, data=data, bar=bar)
+                encode_shard(engine, vae, Path(shards.location) / name, out, data=data, bar=bar)
 
 
 def encode_shard(
@@ -169,11 +169,13 @@ def finish_set(shards: ShardSet, out: Path, origin: Origin) -> None:
     """Index the latents, add up what was measured, and say that the set is complete."""
     stray = sorted({path.name for path in out.glob("*.tar")} - set(shards.names))
     if stray:
-        raise UsageError(f"{out}: holds {stray[0]}, which the images {shards.folder} don't have; move it away")
+        raise UsageError(f"{out}: holds {stray[0]}, which the images {shards.location} don't have; move it away")
     build_index(out, required=(frozenset({latents.PART}),), source=asdict(origin))
     written = ShardSet(out, open_shards=1)
     if written.counts != shards.counts:
-        raise UsageError(f"{out}: has {len(written)} samples, the images {shards.folder} have {len(shards)}; remove it")
+        raise UsageError(
+            f"{out}: has {len(written)} samples, the images {shards.location} have {len(shards)}; remove it"
+        )
     labels: Counter[int] = Counter()
     records = [files.read_json(_record(out, name)) for name in shards.names]
     total = MomentStatistics.from_dict(records[0]["statistics"])

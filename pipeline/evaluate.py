@@ -162,7 +162,10 @@ def read_set(key: str, folder: str, config: Config) -> tuple[NDArray[np.uint8], 
     """A set's images and labels; those that can't be read are told and left out."""
     with blame(key):
         pixels, labels, bad = read_images(
-            Path(folder), size=config.data.image_size, limit=config.evaluation.max_reference_images
+            folder,
+            size=config.data.image_size,
+            limit=config.evaluation.max_reference_images,
+            remote=config.data.remote,
         )
     if bad:
         program.say(

@@ -27,8 +27,9 @@ LAYERS = {
     """,
     "L1 parts": """
         pipeline
-        pipeline.data pipeline.data.draws pipeline.data.tar pipeline.data.index pipeline.data.order pipeline.data.images
-        pipeline.data.latents pipeline.data.quarantine pipeline.data.pieces pipeline.data.dataset pipeline.data.online
+        pipeline.data pipeline.data.draws pipeline.data.tar pipeline.data.store pipeline.data.cache pipeline.data.remote
+        pipeline.data.index pipeline.data.order pipeline.data.images pipeline.data.latents pipeline.data.quarantine
+        pipeline.data.pieces pipeline.data.dataset pipeline.data.online
         pipeline.data.emoji pipeline.data.tables pipeline.data.sources
         pipeline.data.preview pipeline.data.processes pipeline.data.prepare pipeline.data.bad_samples
         pipeline.diffusion pipeline.diffusion.schedule pipeline.diffusion.process pipeline.diffusion.objectives

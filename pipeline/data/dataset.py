@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline import files
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, RemoteConfig
 from pipeline.data import draws, images
 from pipeline.data.draws import Purpose
 from pipeline.data.index import ShardSet
@@ -54,13 +54,13 @@ class Samples(Dataset[Any]):
     @classmethod
     def of(cls, folders: Sequence[str], pieces: Sequence[Piece], *, seed: int, data: DataConfig) -> Samples:
         """The sets in these folders, in the order and the mix that the config says."""
-        sets = [ShardSet(Path(folder), open_shards=data.lanes) for folder in folders]
+        sets = [ShardSet(folder, open_shards=data.lanes, remote=data.remote) for folder in folders]
         return cls(sets, pieces, seed=seed, lanes=data.lanes, block=data.shuffle_block, weights=data.weights or (1.0,))
 
     def _make_mix(self) -> Mix:
         orders: list[Order] = []
         for shards in self.sets:
-            with blame(str(shards.folder)):
+            with blame(shards.location):
                 orders.append(Order(shards.counts, self.seed, self.lanes, self.block))
         return Mix(orders, self.weights)
 
@@ -188,12 +188,14 @@ def _leave_signals_to_the_program(worker: int) -> None:
         signal.signal(polite, signal.SIG_IGN)
 
 
-def read_images(folder: Path, *, size: int, limit: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[BadSample]]:
+def read_images(
+    location: str | Path, *, size: int, limit: int, remote: RemoteConfig | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[BadSample]]:
     """Images uint8 [N,H,W,3] and labels int64 [N] of a whole set, or of `limit` evenly spaced samples of it.
 
     And those that can't be read, which are left out.  Raises UsageError where nothing is left.
     """
-    shards = ShardSet(folder, open_shards=1)
+    shards = ShardSet(location, open_shards=1, remote=remote)
     places = [(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
     if len(places) > limit:
         places = [places[i * len(places) // limit] for i in range(limit)]
@@ -211,5 +213,5 @@ def read_images(folder: Path, *, size: int, limit: int) -> tuple[NDArray[np.uint
             labels.append(label)
     if not pixels:
         told = f"none of its {len(places)} samples can be read; the first: {bad[0].reason}" if bad else "it is empty"
-        raise UsageError(f"{folder}: {told}")
+        raise UsageError(f"{location}: {told}")
     return np.stack(pixels), np.array(labels, dtype=np.int64), bad

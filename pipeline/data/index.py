@@ -12,6 +12,7 @@ import shutil
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline import files
+from pipeline.config import RemoteConfig
+from pipeline.data.remote import AGAIN, RemoteShards
+from pipeline.data.store import is_url
 from pipeline.data.tar import BadShardError, ShardIndex, scan
 from pipeline.errors import UsageError
 
@@ -194,78 +198,85 @@ def _waiting(path: Path) -> Path:
 
 
 class ShardSet:
-    """An indexed folder: samples by (shard, row), read with pread through few open files."""
+    """An indexed set: samples by (shard, row), read with pread; from a folder, through few open files."""
 
-    def __init__(self, folder: Path, open_shards: int) -> None:
-        """Raises UsageError where the folder, its index or a shard is missing, or a shard changed since."""
-        self.folder = folder
-        found = {path.name for path in list_shards(folder)}
-        try:
-            manifest = files.read_json(folder / "index" / "manifest.json")
-        except (OSError, ValueError):
-            raise UsageError(f"{folder}: not indexed; run: python -m pipeline index {folder}") from None
+    def __init__(self, location: str | Path, open_shards: int, remote: RemoteConfig | None = None) -> None:
+        """`location`: a folder, or the URL of one; `open_shards`: how many shards' offsets are kept.
+
+        Raises UsageError where the folder, its index or a shard is missing, or a shard changed since.  Of a set at a
+        URL only the manifest is looked at now; where that can't be had, RunError.
+        """
+        self.location, self._open_shards, self._settings = str(location), open_shards, remote or RemoteConfig()
+        self._remote = RemoteShards(self.location, self._settings) if is_url(self.location) else None
+        manifest = self._remote.manifest() if self._remote else _manifest(Path(location))
         if manifest.get("format") != FORMAT:
             raise UsageError(
-                f"{folder}/index: format {manifest.get('format')!r} came, {FORMAT} was wanted; "
-                f"run: python -m pipeline index {folder}"
+                f"{self.location}/index: format {manifest.get('format')!r} came, {FORMAT} was wanted; {self._again}"
             )
+        self._entries: list[dict[str, Any]] = manifest["shards"]
+        if self._remote:
+            self._remote.check(self._entries)
+        else:
+            _check(Path(location), self._entries)
         self.fingerprint: str = manifest["fingerprint"]
-        self.names: list[str] = [entry["name"] for entry in manifest["shards"]]
-        self.counts: list[int] = [entry["samples"] for entry in manifest["shards"]]
-        self._sha256: list[str] = [entry["sha256"] for entry in manifest["shards"]]
-        for entry in manifest["shards"]:
-            path = folder / entry["name"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry["bytes"]:
-                raise UsageError(
-                    f"{path}: {'missing' if size is None else f'{size} bytes'} came, {entry['bytes']} bytes were "
-                    f"indexed; restore it, or run: python -m pipeline index {folder}"
-                )
-        if new := sorted(found - set(self.names)):
-            raise UsageError(f"{folder / new[0]}: not indexed; move it away, or run: python -m pipeline index {folder}")
+        self.names: list[str] = [entry["name"] for entry in self._entries]
+        self.counts: list[int] = [entry["samples"] for entry in self._entries]
         self._index = lru_cache(maxsize=open_shards)(self._load_index)
-        self._file = lru_cache(maxsize=open_shards)(lambda shard: (folder / self.names[shard]).open("rb", buffering=0))
+        self._file = lru_cache(maxsize=open_shards)(self._open_local)
 
     def __len__(self) -> int:
         return sum(self.counts)
 
+    @property
+    def _again(self) -> str:
+        """What to do where the index is wrong."""
+        return AGAIN if self._remote else f"run: python -m pipeline index {self.location}"
+
+    def path(self, shard: int) -> str:
+        """Where a shard lies."""
+        return f"{self.location.rstrip('/')}/{self.names[shard]}"
+
     def _load_index(self, shard: int) -> ShardIndex:
-        path = _sidecar(self.folder / self.names[shard])
-        try:
-            index = ShardIndex.load(path)
-        except UNREADABLE as error:
-            raise UsageError(f"{path}: unreadable ({error}); run: python -m pipeline index {self.folder}") from None
+        sha256 = self._entries[shard]["sha256"]
+        if self._remote:
+            path, index = self.path(shard), self._remote.index(self._entries[shard])
+        else:
+            path = _sidecar(Path(self.path(shard)))
+            try:
+                index = ShardIndex.load(path)
+            except UNREADABLE as error:
+                raise UsageError(f"{path}: unreadable ({error}); {self._again}") from None
         if len(index.keys) != self.counts[shard]:
             raise UsageError(
-                f"{path}: {len(index.keys)} samples came, the manifest says {self.counts[shard]}; "
-                f"run: python -m pipeline index {self.folder}"
+                f"{path}: {len(index.keys)} samples came, the manifest says {self.counts[shard]}; {self._again}"
             )
-        if index.sha256 not in ("", self._sha256[shard]):  # as after a kill between the sidecars and the manifest
+        if index.sha256 not in ("", sha256):  # as after a kill between the sidecars and the manifest
             raise UsageError(
-                f"{path}: of a shard with SHA-256 {index.sha256}, the manifest says {self._sha256[shard]}; "
-                f"run: python -m pipeline index {self.folder}"
+                f"{path}: of a shard with SHA-256 {index.sha256}, the manifest says {sha256}; {self._again}"
             )
         return index
 
     def open_shard(self, shard: int) -> BinaryIO:
         """A whole tar, from its first byte, for a pass through it."""
-        return (self.folder / self.names[shard]).open("rb")
+        return self._remote.open(self._entries[shard]) if self._remote else Path(self.path(shard)).open("rb")
+
+    def _open_local(self, shard: int) -> BinaryIO:
+        return Path(self.path(shard)).open("rb", buffering=0)
 
     def read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
-        """Key and parts of a sample.  A short read raises OSError with the shard's name."""
-        index: ShardIndex = self._index(shard)
-        descriptor = self._file(shard).fileno()
-        parts: dict[str, bytes] = {}
-        for part, (offset, size) in zip(index.parts, index.offsets[row].tolist(), strict=True):
-            if offset >= 0:
-                parts[part] = os.pread(descriptor, size, offset)
-                if len(parts[part]) != size:
-                    raise OSError(f"{self.folder / self.names[shard]}: {size} bytes wanted at {offset}: short read")
-        return index.keys[row], parts
+        """Key and parts of a sample.
 
-    def path(self, shard: int) -> str:
-        """Where a shard lies."""
-        return str(self.folder / self.names[shard])
+        Raises OSError with the shard's name after a short read, RunError where a remote shard can't be had now.
+        """
+        with self.open_shard(shard) if self._remote else nullcontext(self._file(shard)) as file:
+            index: ShardIndex = self._index(shard)
+            parts: dict[str, bytes] = {}
+            for part, (offset, size) in zip(index.parts, index.offsets[row].tolist(), strict=True):
+                if offset >= 0:
+                    parts[part] = os.pread(file.fileno(), size, offset)
+                    if len(parts[part]) != size:
+                        raise OSError(f"{self.path(shard)}: {size} bytes wanted at {offset}: short read")
+        return index.keys[row], parts
 
     def key(self, shard: int, row: int) -> str:
         """A sample's key."""
@@ -276,7 +287,29 @@ class ShardSet:
         return f"{self.path(shard)}: sample {self.key(shard, row)!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "open_shards": self._index.cache_info().maxsize}
+        return {"location": self.location, "open_shards": self._open_shards, "remote": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    list_shards(folder)
+    try:
+        return files.read_json(folder / "index" / "manifest.json")
+    except (OSError, ValueError):
+        raise UsageError(f"{folder}: not indexed; run: python -m pipeline index {folder}") from None
+
+
+def _check(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Raise UsageError where the tars of a folder are not those of its manifest, by name and size."""
+    for entry in entries:
+        path = folder / entry["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            raise UsageError(
+                f"{path}: {'missing' if size is None else f'{size} bytes'} came, {entry['bytes']} bytes were "
+                f"indexed; restore it, or run: python -m pipeline index {folder}"
+            )
+    if new := sorted({path.name for path in list_shards(folder)} - {entry["name"] for entry in entries}):
+        raise UsageError(f"{folder / new[0]}: not indexed; move it away, or run: python -m pipeline index {folder}")
