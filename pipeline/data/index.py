@@ -77,6 +77,15 @@ def build_index(
     _publish(folder, found, source)
 
 
+def note_shard(aside: Path, path: Path) -> None:
+    """Index a shard that was written to `aside` and will be renamed to `path`, so that build_index need not read it.
+
+    For who writes the shard and knows that nobody else does.  Raises BadShardError.
+    """
+    index = scan(aside, whole=True)
+    index.save(_sidecar(path), aside.stat().st_mtime_ns)
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -254,6 +263,10 @@ class ShardSet:
     def path(self, shard: int) -> str:
         """Where a shard lies."""
         return str(self.folder / self.names[shard])
+
+    def sha256(self, shard: int) -> str:
+        """Of the whole tar as it was indexed, in hex."""
+        return self._sha256[shard]
 
     def key(self, shard: int, row: int) -> str:
         """A sample's key."""

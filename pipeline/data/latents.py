@@ -1,8 +1,10 @@
-"""Latent shards: posterior moments, and where they came from."""
+"""Latent shards: posterior moments of each view of an image, and where they came from."""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,84 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.errors import UsageError
 
-PART = "moments.npy"  # WebDataset part name: fp16 [2C,h,w], mean over logvar
+PART = "moments.npy"  # WebDataset part name: fp16 [2C,h,w], mean over logvar, of the first view
+TEXT_PART = "text.npy"  # fp16 [L,D], the caption's embedding
 FORMAT = 1
 
 
 def moments_to_bytes(moments: NDArray[Any]) -> bytes:
     """[2C,h,w] → the bytes of an fp16 .npy.  Raises ValueError where a value is not finite in fp16."""
-    with np.errstate(over="ignore"):
-        half = moments.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ValueError("the moments are not finite in fp16")
-    buffer = io.BytesIO()
-    np.save(buffer, half, allow_pickle=False)
-    return buffer.getvalue()
+    return _half_to_bytes(moments, "the moments are")
 
 
 def moments_from_bytes(data: bytes) -> NDArray[np.float32]:
     """The bytes of an fp16 .npy → float32 [2C,h,w].  Raises ValueError; runs no pickle."""
-    try:
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)  # np.load would open a zip, too
-    except MemoryError as error:
-        raise ValueError(f"a broken .npy header: {error}") from None
+    array = _half_from_bytes(data)
     if array.dtype != np.float16 or array.ndim != 3 or array.shape[0] % 2:
         raise ValueError(f"fp16 [2C,h,w] was wanted, {array.dtype} {list(array.shape)} came")
     if not np.isfinite(array).all():
         raise ValueError("the moments are not finite")
     return array.astype(np.float32)
+
+
+def text_to_bytes(embedding: NDArray[Any]) -> bytes:
+    """[L,D] → the bytes of an fp16 .npy.  Raises ValueError where a value is not finite in fp16."""
+    return _half_to_bytes(embedding, "the caption's embedding is")
+
+
+def text_from_bytes(data: bytes) -> NDArray[np.float32]:
+    """The bytes of an fp16 .npy → float32 [L,D].  Raises ValueError; runs no pickle."""
+    array = _half_from_bytes(data)
+    if array.dtype != np.float16 or array.ndim != 2:
+        raise ValueError(f"fp16 [L,D] was wanted, {array.dtype} {list(array.shape)} came")
+    if not np.isfinite(array).all():
+        raise ValueError("the caption's embedding is not finite")
+    return array.astype(np.float32)
+
+
+def _half_to_bytes(array: NDArray[Any], what: str) -> bytes:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError(f"{what} not finite in fp16")
+    buffer = io.BytesIO()
+    np.save(buffer, half, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _half_from_bytes(data: bytes) -> NDArray[Any]:
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)  # np.load would open a zip, too
+    except MemoryError as error:
+        raise ValueError(f"a broken .npy header: {error}") from None
+
+
+# Views: the squares of an image that encode writes.  The first one is the contract, PART.
+
+
+def view_part(crop: int, flipped: bool) -> str:
+    """The part that holds the moments of a view: the `crop`-th square, from 0, as it is or mirrored."""
+    return "moments" + (f".crop{crop}" if crop else "") + (".flip" if flipped else "") + ".npy"
+
+
+def view_parts(num_crops: int, flip: bool) -> list[str]:
+    """The parts of all views, the first one first."""
+    return [view_part(crop, flipped) for crop in range(num_crops) for flipped in ((False, True) if flip else (False,))]
+
+
+def view_of(u_crop: float, u_flip: float, *, num_crops: int, flip: bool) -> str:
+    """The part that a sample with these two draws in [0, 1) reads."""
+    return view_part(int(u_crop * num_crops), flip and u_flip < 0.5)
+
+
+def places(num_crops: int) -> list[float | None]:
+    """Where `images.decode` cuts each square: evenly spaced along the longer side; a single one in the centre."""
+    return [None] if num_crops == 1 else [(crop + 0.5) / num_crops for crop in range(num_crops)]
+
+
+def crop_name(num_crops: int) -> str:
+    """How `Origin.crop` says where the squares were cut."""
+    return "centre" if num_crops == 1 else f"random of {num_crops}"
 
 
 @dataclass(frozen=True)
@@ -47,11 +101,12 @@ class Origin:
 
     vae_sha256: str
     image_size: int  # pixels
-    crop: str
-    flip: bool
+    crop: str  # see crop_name
+    flip: bool  # whether each square was encoded mirrored, too
     precision: str
     batch_images: int  # the last digits of a moment depend on how many images the VAE saw at once
     source_fingerprint: str
+    text_encoder_sha256: str | None = None  # null: no embeddings of captions
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -62,8 +117,13 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder}: no readable dataset.json ({error})") from None
 
 
-def open_latents(folder: Path, vae_sha256: str, image_size: int) -> dict[str, Any]:
-    """A latent set's `dataset.json`, once it is found complete and made by this VAE at this size (law: refuse)."""
+def open_latents(
+    folder: Path, *, vae_sha256: str, image_size: int, crop: str, flip: bool, encode_crops: int
+) -> dict[str, Any]:
+    """A latent set's `dataset.json`, once it is found complete, made by this VAE, at this size and in these views.
+
+    `crop`, `flip`, `encode_crops`: as DataConfig says; a held-out set has one centre view.  Raises UsageError.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of latents; run encode with this config first")
     said = describe(folder)
@@ -83,10 +143,21 @@ def open_latents(folder: Path, vae_sha256: str, image_size: int) -> dict[str, An
         raise UsageError(
             f"{folder}: these latents were made from {origin['image_size']} px images, data.image_size is {image_size}"
         )
+    wanted = crop_name(encode_crops if crop == "random" else 1)
+    if (origin["crop"], origin["flip"]) != (wanted, flip):
+        raise UsageError(
+            f"{folder}: these latents are of squares cut {origin['crop']!r}, {_mirrored(origin['flip'])}; data.crop, "
+            f"data.encode_crops and data.flip ask for {wanted!r}, {_mirrored(flip)}; encode again into another folder, "
+            "or set them as they were"
+        )
     indexed = files.read_json(folder / "index" / "manifest.json")["fingerprint"]
     if indexed != said["fingerprint"]:
         raise UsageError(f"{folder}: its shards are not those that encode wrote; restore them, or remove it and encode")
     return said
+
+
+def _mirrored(flip: bool) -> str:
+    return "as they are and mirrored" if flip else "never mirrored"
 
 
 def check_same_origin(folder: Path, said: dict[str, Any], origin: Origin) -> None:
@@ -96,3 +167,31 @@ def check_same_origin(folder: Path, said: dict[str, Any], origin: Origin) -> Non
     if said.get("kind") != "latents" or differing:
         told = "; ".join(f"{name} was {was.get(name)!r}, now {asdict(origin)[name]!r}" for name in differing)
         raise UsageError(f"{folder}: holds something else ({told}); choose another folder or remove this one")
+
+
+def merge_descriptions(described: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+    """What the `dataset.json` of several sets, mixed by weight, say together: `scale`, `shift`, `origin`,
+    `num_samples`, `label_counts`.  One set keeps its own, to the last digit.
+
+    Of their origins only what all agree on is kept, and one fingerprint of all sources.  Raises ValueError.
+    """
+    if len(described) == 1:
+        return {name: described[0][name] for name in ("scale", "shift", "origin", "num_samples", "label_counts")}
+    from vae.moments import MomentStatistics, mixed_scale  # takes diffusers with it, which `index` can do without
+
+    measured = mixed_scale([MomentStatistics.from_dict(said["statistics"]) for said in described], weights)
+    origins = [said["origin"] for said in described]
+    agreed = {
+        name: value for name, value in origins[0].items() if all(origin.get(name) == value for origin in origins)
+    }
+    sources = files.fingerprint([origin["source_fingerprint"] for origin in origins])
+    labels: Counter[str] = Counter()
+    for said in described:
+        labels.update(said["label_counts"])
+    return {
+        "scale": measured.scale,
+        "shift": measured.shift,
+        "origin": {**agreed, "source_fingerprint": sources},
+        "num_samples": sum(said["num_samples"] for said in described),
+        "label_counts": {label: labels[label] for label in sorted(labels, key=int)},
+    }
