@@ -13,7 +13,9 @@ from vae.config import FREE, Section, VaeConfig
 
 
 def _one_or_several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return (value,)
+    return tuple(cast(list[Any], value)) if isinstance(value, list) else value
 
 
 Folders = Annotated[

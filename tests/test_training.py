@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_names_the_step(world: W
         model=unet,
         moments=before.moments("unet"),
         ema=before.ema(),
-        state={name: state[name] for name in ("data", "latents")},
+        state={name: state[name] for name in ("data", "quarantine", "latents")},
     )
     shutil.copy(world.run_dir / "config.yaml", world.root / "poisoned")
     assert world.do("train", f"run_dir={world.root / 'poisoned'}") == [1]

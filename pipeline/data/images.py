@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 PARTS = frozenset({"jpg", "jpeg", "png", "webp"})  # WebDataset part names that hold an image
@@ -48,8 +48,12 @@ def decode(data: bytes, size: int, *, along: float | None = None, mirrored: bool
                     raise ValueError(f"{image.width}×{image.height} pixels came, at most {MAX_PIXELS:,} are read")
                 square = np.asarray(_square(image, size, along))
                 return np.ascontiguousarray(square[:, ::-1]) if mirrored else square
-    except (OSError, SyntaxError, Warning, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable {', '.join(FORMATS)} image: {error}") from None
+    except MemoryError:  # the machine's fault, not the image's
+        raise
+    except Exception as error:  # torn bytes make Pillow raise OSError, SyntaxError, struct.error and many more
+        # Pillow names the object that it could not identify, with an address that is another in each run.
+        told = "none of these" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise ValueError(f"not a readable {', '.join(FORMATS)} image: {told}") from None
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:

@@ -86,6 +86,7 @@ def test_purposes_keep_their_numbers() -> None:
         "LINE_START": 9,
         "CROP": 10,
         "FLIP": 11,
+        "SUBSTITUTE": 12,
     }
 
 
