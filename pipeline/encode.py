@@ -14,39 +14,28 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 
 import argparse
 import re
-import secrets
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import AutoencoderKL
 from torch.nn import Module
-from tqdm import tqdm
-from webdataset.writer import TarWriter
 
-from pipeline import files, program
-from pipeline.config import Config, DataConfig
-from pipeline.data import latents, preview
-from pipeline.data.index import ShardSet, note_shard
-from pipeline.data.latent_set import LatentSet, Record, quarantined
+from pipeline import program
+from pipeline.config import Config
+from pipeline.data import latents
+from pipeline.data.index import ShardSet
+from pipeline.data.latent_set import LatentSet
 from pipeline.data.latents import Origin
-from pipeline.data.quarantine import BadSample, Count
-from pipeline.data.sequential import read_through
-from pipeline.encoder import Encoder, Ready, read_ahead
+from pipeline.encoder import Encoder
+from pipeline.encoding import Encoding
 from pipeline.engine import Engine
-from pipeline.errors import RunError, SampleError, UsageError, blame
-from pipeline.locks import Locks
-from pipeline.run_folder import STATUS, write_status
+from pipeline.errors import RunError, UsageError, blame
+from pipeline.run_folder import STATUS, State, write_status
 from pipeline.text import TextEncoder
 from vae.model import load, weights_sha256
-from vae.moments import MomentStatistics
-
-WHOLE_SET = 0  # the lock of what is done once for a set; that of shard i is i + 1
-LOOK_AGAIN_S, SAY_S = 0.3, 10.0
 
 
 class Part(NamedTuple):
@@ -55,9 +44,14 @@ class Part(NamedTuple):
     number: int
     of: int
 
+    @property
     def status_name(self) -> str:
         """The file that tells how this task stands."""
         return STATUS if self.of == 1 else f"status.part-{self.number}-of-{self.of}.json"
+
+    def share(self, num_shards: int) -> range:
+        """The shards that this task does."""
+        return range(self.number - 1, num_shards, self.of)
 
 
 def parse_part(text: str) -> Part:
@@ -68,21 +62,6 @@ def parse_part(text: str) -> Part:
     return Part(int(found[1]), int(found[2]))
 
 
-@dataclass
-class Work:
-    """A set to encode, and how this rank stands with it."""
-
-    key: str  # of the config, that named the folder
-    latent_set: LatentSet
-    encoder: Encoder
-    locks: Locks
-    writer: int  # tells apart processes that write the same file at once
-    bad: list[BadSample] = field(default_factory=list[BadSample])  # met or found noted by this rank
-    count: Count = Count()
-    num_images: int = 0  # encoded by this rank
-    num_quarantined: int = 0  # met by this rank
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("encode", __doc__ or "")
@@ -91,54 +70,145 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=parse_part,
         default=Part(1, 1),
         metavar="I/N",
-        help="do only the I-th of N parts of the shards, from 1: for job arrays; the last one to end finishes the set",
+        help="do the I-th of N parts of the shards, from 1, for job arrays; who finds them all done finishes the set",
     )
-    return program.run_config(made, argv, encode, status_folder, lambda args: args.part.status_name())
+    return program.run_config(made, argv, encode, status_folder, lambda args: args.part.status_name)
 
 
 def status_folder(raw: dict[str, Any]) -> str | None:
-    """The first folder that latents are written to, also in a config that was not checked yet."""
-    named = raw["data"]["train_latents"]
-    first = named[0] if isinstance(named, list | tuple) and named else named
+    """The first folder that latents are written to, also of a config that was not checked yet."""
+    named: Any = raw["data"]["train_latents"]
+    first: Any = next(iter(named), None) if isinstance(named, list | tuple) else named  # pyright: ignore
     return first if isinstance(first, str) and "://" not in first else None
 
 
 def encode(config: Config, args: argparse.Namespace) -> None:
     """config → engine → frozen networks → the shards of every set → what is complete is finished."""
-    data, part = config.data, args.part
-    if data.train_latents is None:
+    part: Part = args.part
+    if config.data.train_latents is None:
         raise UsageError(
-            "data.train_latents: null came: this config trains on the images themselves; encode wants a folder for "
+            "data.train_latents: null came, so this config trains on the images themselves; encode wants a folder for "
             "each of data.train_images"
         )
     engine = Engine(config.engine)
     with blame("vae.path"):
         vae = load(config.vae.path)
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    if data.image_size % factor:
-        raise UsageError(f"data.image_size: {data.image_size} came, a multiple of the VAE's factor {factor} was wanted")
+    if config.data.image_size % factor:
+        raise UsageError(
+            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
+        )
     text = None
-    if data.encode_text is not None:
+    if config.data.encode_text is not None:
         with blame("data.encode_text"):
-            text = TextEncoder.load(data.encode_text)
+            text = TextEncoder.load(config.data.encode_text)
     work = open_sets(config, engine, vae, text)
     engine.main_does(partial(begin, work, part))
+
+    # the shards
     Module.to(vae, engine.device)
     if text is not None:
         text.to(engine.device)
-
     began = time.monotonic()
-    for one in work:
-        encode_shards(engine, one, part, data)
+    for each in work:
+        each.encode(part.share(len(each.shards.names)))
     engine.wait()
     seconds = time.monotonic() - began
 
-    done = [sum(counts) for counts in zip(*engine.gather([sum_up(work)]), strict=True)][0]
-    told: list[str] = engine.main_does(partial(close, work, part, data))
-    for line in told:
-        say(engine, line)
-    num_images, num_quarantined = done
-    say(engine, f"encoded {num_images:,} images")
+    # the sets
+    counts = engine.gather([[each.num_images, each.num_quarantined] for each in work])
+    num_images, num_quarantined = (sum(c[i] for of_rank in counts for c in of_rank) for i in (0, 1))
+    missing: list[int] = engine.main_does(partial(close, work, part))
+    if not engine.is_main:
+        return
+    for each, num_missing in zip(work, missing, strict=True):
+        if num_missing:
+            num_shards = len(each.shards.names)
+            program.say(
+                f"{each.out}: part {part.number} of {part.of}: its {len(part.share(num_shards))} shards are done; "
+                f"{num_missing} of the set's {num_shards} are missing"
+            )
+    if num_images:
+        ranks = f"{engine.num_ranks} rank{'s' * (engine.num_ranks > 1)}"
+        program.say(
+            f"encoded {num_images:,} images in {seconds:.1f} s over {ranks}: {num_images / seconds:,.1f} images/s"
+        )
+    if num_quarantined:
+        program.say(
+            f"{num_quarantined:,} samples could not be read and were left out; see quarantine.jsonl of each set"
+        )
+    if not any(missing):
+        described = [latents.describe(Path(out)) for out in config.data.train_latents]
+        scale = latents.merge_descriptions(described, config.data.weights or (1.0,))["scale"]
+        folders = ", ".join(str(each.out) for each in work)
+        program.say(f"the latents are in {folders}; the measured scale to train with is {scale:.4f}")
+
+
+def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEncoder | None) -> list[Encoding]:
+    """The sets to encode: those to train on in all their views, the held-out one cut in the centre."""
+    data = config.data
+    assert data.train_latents is not None
+    named = [("train", *pair) for pair in zip(data.train_images, data.train_latents, strict=True)]
+    if data.validation_images and data.validation_latents:
+        named.append(("validation", data.validation_images, data.validation_latents))
+    vae_sha256, text_sha256 = weights_sha256(vae), text.sha256() if text else None
+    work: list[Encoding] = []
+    for kind, source, out in named:
+        if "://" in out:
+            raise UsageError(f"data.{kind}_latents: {out} is a URL; encode writes to a folder")
+        with blame(f"data.{kind}_images"):
+            shards = ShardSet(Path(source), open_shards=1)
+        num_crops = data.encode_crops if kind == "train" else 1
+        flip = data.flip and kind == "train"
+        origin = Origin(
+            vae_sha256=vae_sha256,
+            image_size=data.image_size,
+            crop=latents.crop_name(num_crops),
+            flip=flip,
+            precision=config.engine.precision,
+            batch_images=data.encode_batch_images,
+            source_fingerprint=shards.fingerprint,
+            text_encoder_sha256=text_sha256,
+        )
+        encoder = Encoder(engine, vae, text, data.image_size, num_crops, flip)
+        latent_set = LatentSet(Path(out), shards, origin, encoder.parts)
+        with blame(f"data.{kind}_latents"):
+            latent_set.check()
+        work.append(Encoding(latent_set, encoder, data))
+    return work
+
+
+def begin(work: Sequence[Encoding], part: Part) -> None:
+    """Say what is being made, and that it is."""
+    for each in work:
+        with each.whole():
+            each.latent_set.begin(each.writer)
+    if part.of > 1:
+        tell(work, "running", part.status_name)
+    if not all(each.latent_set.is_finished() for each in work):
+        tell(work, "running", STATUS)
+
+
+def close(work: Sequence[Encoding], part: Part) -> list[int]:
+    """Finish the sets whose shards are all there; how many are missing in each."""
+    missing = [each.finish() for each in work]
+    if any(missing) and part.of == 1:
+        raise RunError(f"{sum(missing)} shards are missing at the end; run the same command again")
+    if not any(missing):
+        tell(work, "done", STATUS)
+    if part.of > 1:
+        tell(work, "done", part.status_name)
+    for each, num_missing in zip(work, missing, strict=True):
+        if not num_missing:
+            each.sweep()
+    return missing
+
+
+def tell(work: Sequence[Encoding], state: State, name: str) -> None:
+    """Write a status beside the first set."""
+    first = work[0]
+    with first.whole():
+        write_status(first.out, state, name=name, writer=first.writer)
 
 
 if __name__ == "__main__":

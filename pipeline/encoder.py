@@ -94,9 +94,9 @@ class Encoder:
 
     def decode(self, mean: NDArray[np.float32]) -> NDArray[np.uint8]:
         """What the VAE makes of latents: [B,C,h,w] → images uint8 [B,H,W,3]."""
+        vae: Any = self.vae
         with torch.no_grad():
-            decoded: Any = self.vae.decode(torch.from_numpy(mean).to(self.engine.device))
-        return images.to_pixels(decoded.sample.float().cpu())
+            return images.to_pixels(vae.decode(torch.from_numpy(mean).to(self.engine.device)).sample.float().cpu())
 
 
 def _add(

@@ -35,7 +35,8 @@ class TextEncoder:
     @classmethod
     def load(cls, folder: str | Path) -> TextEncoder:
         """Open a folder, fp32 on the CPU.  OSError: something is not there; ValueError: it is no such model."""
-        from transformers import CLIPTextModel, CLIPTokenizerFast
+        from transformers import CLIPTextModel
+        from transformers import CLIPTokenizerFast as Tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # two seconds for the largest
@@ -49,16 +50,17 @@ class TextEncoder:
         kind = files.read_json(model / "config.json").get("model_type")
         if kind not in ("clip_text_model", "clip"):
             raise ValueError(f"{model} is of type {kind!r}, a CLIP text model is wanted")
-        encoder, loaded = CLIPTextModel.from_pretrained(
+        opened: Any = CLIPTextModel.from_pretrained(
             str(model),
             local_files_only=True,
             dtype=torch.float32,
             use_safetensors=True,  # a pickle may run code when it is opened
             output_loading_info=True,
         )
+        encoder, loaded = opened
         if missing := sorted(loaded["missing_keys"]) or sorted(loaded["mismatched_keys"]):  # transformers only warns
             raise ValueError(f"the weights in {model} don't fit the config.json beside them: {missing[:3]}")
-        return cls(CLIPTokenizerFast.from_pretrained(str(words), local_files_only=True), encoder)
+        return cls(Tokenizer.from_pretrained(str(words), local_files_only=True), encoder)
 
     def to(self, device: torch.device) -> TextEncoder:
         """Move the weights."""

@@ -162,7 +162,14 @@ def open_sets(config: Config, vae: AutoencoderKL) -> dict[str, Any]:
     described: list[dict[str, Any]] = []
     for folder in config.data.train_latents:
         with blame("data.train_latents"):
-            found = latents.open_latents(Path(folder), weights_sha256(vae), config.data.image_size)
+            found = latents.open_latents(
+                Path(folder),
+                vae_sha256=weights_sha256(vae),
+                image_size=config.data.image_size,
+                crop=config.data.crop,
+                flip=config.data.flip,
+                encode_crops=config.data.encode_crops,
+            )
             check_labels(folder, found, config.conditioning.num_classes)
         described.append(found)
     return described[0]

@@ -50,16 +50,20 @@ class LatentSet:
         self.fingerprint = files.fingerprint(asdict(origin))
         self._first_position = [sum(shards.counts[:shard]) for shard in range(len(shards.counts))]
 
-    def begin(self, writer: int) -> None:
-        """Make the folder, and say what is being made in it.  Raises UsageError where it holds something else."""
-        self.out.mkdir(parents=True, exist_ok=True)
+    def check(self) -> None:
+        """Make the folder.  Raises UsageError where it holds something else, OSError where it can't be made."""
         if self.out.resolve() == self.shards.folder.resolve():
             raise UsageError(f"{self.out}: holds the images themselves; name another folder for their latents")
         if (self.out / "dataset.json").exists():
             latents.check_same_origin(self.out, latents.describe(self.out), self.origin)
         elif any(self.out.glob("*.tar")):
             raise UsageError(f"{self.out}: holds tars but no dataset.json to tell whose; move them away")
-        else:
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, writer: int) -> None:
+        """Say in a new folder what is being made in it.  Raises as `check`."""
+        self.check()
+        if not (self.out / "dataset.json").exists():
             self._say({"complete": False, "origin": asdict(self.origin)}, writer)
 
     def record(self, shard: int) -> Record | None:
@@ -110,7 +114,8 @@ class LatentSet:
         expected = [count - len(noted.bad) for count, noted in zip(self.shards.counts, records, strict=True)]
         if written.counts != expected:
             raise UsageError(
-                f"{self.out}: has {len(written)} samples, of {self.shards.folder} {sum(expected)} were encoded; remove it"
+                f"{self.out}: has {len(written)} samples, {sum(expected)} of {self.shards.folder} were encoded; "
+                "remove this folder"
             )
         draw(self.out)
         self._describe(written, records, len(bad), writer)

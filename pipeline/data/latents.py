@@ -181,9 +181,7 @@ def merge_descriptions(described: Sequence[dict[str, Any]], weights: Sequence[fl
 
     measured = mixed_scale([MomentStatistics.from_dict(said["statistics"]) for said in described], weights)
     origins = [said["origin"] for said in described]
-    agreed = {
-        name: value for name, value in origins[0].items() if all(origin.get(name) == value for origin in origins)
-    }
+    agreed = {name: value for name, value in origins[0].items() if all(origin.get(name) == value for origin in origins)}
     sources = files.fingerprint([origin["source_fingerprint"] for origin in origins])
     labels: Counter[str] = Counter()
     for said in described:

@@ -25,7 +25,11 @@ def read_through(shards: ShardSet, shard: int) -> Iterator[tuple[str, dict[str, 
     changed = (
         f"{shards.path(shard)}: changed since it was indexed; restore it, or index its folder again and encode anew"
     )
-    with shards.open_shard(shard) as file:
+    try:
+        opened = shards.open_shard(shard)
+    except OSError as error:
+        raise RunError(f"{shards.path(shard)}: {error.strerror or error}") from error
+    with opened as file:
         hashed = _Hashed(file, shards.path(shard))
         # The stream is opened here, not by webdataset: it would take a name like pipe:... for a command to run.
         members = tar_file_expander([{"url": shards.path(shard), "stream": hashed}])
@@ -42,7 +46,7 @@ def read_through(shards: ShardSet, shard: int) -> Iterator[tuple[str, dict[str, 
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise UsageError(changed) from error
         except RunError as error:
-            raise RunError(error.args[0]) from error  # webdataset adds the stream to what an error says
+            raise RunError(hashed.trouble) from error  # webdataset adds the stream to what an error says
         if row != len(keys) or hashed.rest() != shards.sha256(shard):
             raise UsageError(changed)
 
@@ -54,13 +58,15 @@ class _Hashed:
         self.file, self.name = file, name
         self.digest = hashlib.sha256()
         self.begun = False
+        self.trouble = ""  # of the disk or the network
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes."""
         try:
             data = self.file.read(size)
-        except OSError as error:
-            raise RunError(f"{self.name}: {error.strerror or error}") from error
+        except (OSError, RunError) as error:
+            self.trouble = f"{self.name}: {(error.strerror if isinstance(error, OSError) else None) or error}"
+            raise RunError(self.trouble) from error
         if not self.begun and not _is_header(data[:512]):
             raise tarfile.ReadError("not a tar")  # tarfile would unpack a compressed one, however large it gets
         self.begun = True
@@ -75,10 +81,10 @@ class _Hashed:
 
 
 def _is_header(block: bytes) -> bool:
+    if not any(block):  # a tar of nothing
+        return True
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:  # a tar of nothing
-        return True
     except tarfile.HeaderError:
         return False
     return True
