@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections import Counter
@@ -45,6 +46,7 @@ class Encoding:
         # write the same bytes, but never into one file.
         self.writer = secrets.randbits(48)
         self.num_images = self.num_quarantined = 0  # encoded, and left out, by this process
+        self._asides: list[Path] = []  # there before this process wrote any
         self._bad: dict[int, BadSample] = {}  # by position, of the shards that this process has read or found done
         self._count = Count()
 
@@ -62,6 +64,7 @@ class Encoding:
         """
         engine = self.encoder.engine
         own = part[engine.rank :: engine.num_ranks]
+        self._asides = list(self.latent_set.asides())
         left = [*own, *(shard for shard in part if shard not in own)]
         with tqdm(
             total=sum(self.shards.counts[shard] for shard in own),
@@ -98,6 +101,8 @@ class Encoding:
                     continue
                 if shard not in own:
                     bar.total += self.shards.counts[shard]
+                if self.locks.work:  # so who wrote it before is dead
+                    self._remove_asides(self.shards.names[shard])
                 try:
                     self._encode_shard(shard, bar)
                 except (_DoneByAnotherError, FileNotFoundError):  # it finished the set, too, and swept it
@@ -144,6 +149,11 @@ class Encoding:
             ).write(self.out, name, self.writer)
         self.num_images += num_images
         self.num_quarantined += len(bad)
+
+    def _remove_asides(self, name: str) -> None:
+        for aside in self._asides:
+            if re.fullmatch(rf"\.{re.escape(name)}\.\d+\.part", aside.name):
+                aside.unlink(missing_ok=True)
 
     def _batches(self, shard: int, bad: list[dict[str, Any]], bar: tqdm[Any]) -> Iterator[list[Ready]]:
         """The samples of a shard that can be encoded, as many at a time as the VAE sees; the others go to `bad`."""

@@ -229,6 +229,17 @@ def test_a_shard_that_is_not_whole_or_not_ours_is_made_again(world: World, sourc
     assert files_of(out) == whole
 
 
+def test_what_a_killed_job_left_is_removed_before_its_shard_is_made(world: World, source: Path) -> None:
+    """Else each kill would cost the size of a shard until the whole set is there."""
+    out = encode(world, source, world.root / "out", "--part", "1/2")
+    for name in (".001.tar.7.part", ".003.tar.7.part", ".001.tar.x.tar.7.part"):
+        (out / name).write_bytes(b"torn")
+    encode(world, source, out, "--part", "2/4")
+    assert sorted(path.name for path in out.glob("*.part")) == [".001.tar.x.tar.7.part", ".003.tar.7.part"]
+    encode(world, source, out)
+    assert not list(out.rglob("*.part"))
+
+
 def test_another_origin_is_refused(world: World, source: Path) -> None:
     out = encode(world, source, world.root / "out")
     before = files_of(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from pipeline import checkpoint
 
 KILLS = int(os.environ.get("KILLS", "10"))  # per case; the same test with more of them is the long run
 STEPS = 24
+START_S = 0.3  # for another rank to join
 
 
 def kill(ranks: list[BaseProcess]) -> None:
@@ -107,7 +109,7 @@ def test_a_run_folder_is_written_by_one_process(world: World) -> None:
 def test_encode_killed_goes_on(world: World) -> None:
     """Of two views of two squares and some samples that can't be read; sometimes two jobs write at once."""
     faults = ["garbage", "zero bytes", "a label", "no image", "a caption"]
-    shards = [[faults[shard % 5] if row == shard else "" for row in range(24)] for shard in range(7)]
+    shards = [[faults[shard % 5] if row == shard else "" for row in range(40)] for shard in range(7)]
     source = write_set(world.root / "images", shards)
     straight, killed = world.root / "straight", world.root / "killed"
     words = (f"data.train_images={source}", "data.encode_batch_images=4", "data.flip=true")
@@ -115,18 +117,19 @@ def test_encode_killed_goes_on(world: World) -> None:
     began = time.monotonic()
     assert world.do("encode", *words, f"data.train_latents={straight}") == [0], world.said()
     whole_run_s = time.monotonic() - began
-    chance, cut_short = random.Random(0), 0
-    for turn in range(2 * KILLS):
-        jobs = [
-            world.start("encode", *words, f"data.train_latents={killed}", ranks=1 + chance.randrange(2))
-            for _ in range(2 if turn % 4 == 3 else 1)
-        ]
-        time.sleep(chance.uniform(0.1, 0.9) * whole_run_s * len(jobs))
+    chance, turn, kills_within = random.Random(0), 0, 0
+    while kills_within < 2 * KILLS:
+        turn += 1
+        assert turn < 8 * KILLS, "too few kills fell into a run"
+        ranks, num_jobs = 1 + chance.randrange(2), 1 + (turn % 4 == 0)
+        jobs = [world.start("encode", *words, f"data.train_latents={killed}", ranks=ranks) for _ in range(num_jobs)]
+        time.sleep(chance.uniform(0.1, 0.7) * whole_run_s + (ranks * num_jobs - 1) * START_S)
         kill([process for job in jobs for process in job])
-        cut_short += bool(list(killed.rglob("*.part")))
-        if len(list(killed.glob("*.tar"))) == len(shards):  # a kill falls into a run, not behind it
+        said = json.loads((killed / "dataset.json").read_text()) if (killed / "dataset.json").exists() else {}
+        if said.get("complete"):
             shutil.rmtree(killed)
-    assert cut_short > KILLS / 4, "too few kills fell into a shard"
+        elif said:
+            kills_within += 1
     assert world.do("encode", *words, f"data.train_latents={killed}") == [0], world.said()
     names = sorted(p.relative_to(straight) for p in straight.rglob("*") if p.is_file() and p.name != "status.json")
     assert names == sorted(p.relative_to(killed) for p in killed.rglob("*") if p.is_file() and p.name != "status.json")
