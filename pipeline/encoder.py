@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from pipeline.data import images, latents
-from pipeline.data.pieces import class_label, image_part
+from pipeline.data.pieces import caption, class_label, image_part
 from pipeline.engine import Engine
 from pipeline.text import TextEncoder
 from vae.moments import MomentStatistics, encode_moments
@@ -53,20 +53,12 @@ class Encoder:
         """Decode the image, look at label and caption.  Raises ValueError: the sample can't be used."""
         image = image_part(parts)
         squares = [images.decode(image, self.image_size, along=along) for along in latents.places(self.num_crops)]
-        caption = None
-        if "txt" in parts:
-            try:
-                caption = parts["txt"].decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f".txt is not UTF-8: {error}") from None
-        elif self.text:
-            raise ValueError("no .txt part, which data.encode_text wants")
         return Ready(
             key,
             {name: part for name, part in parts.items() if name in KEPT},
             squares,
             class_label(parts) if "cls" in parts else None,
-            caption,
+            caption(parts) if "txt" in parts or self.text else None,
         )
 
     def encode(self, batch: Sequence[Ready], statistics: MomentStatistics) -> list[dict[str, bytes]]:

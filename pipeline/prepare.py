@@ -77,7 +77,9 @@ def prepare(args: argparse.Namespace) -> None:
             wanted = "the folder of your images" if args.kind == "folder" else "your table"
             raise program.UsageError(f"prepare {args.kind}: {wanted} and the folder to write were wanted")
         case "folder":
-            prepare_folder(args.source, args.out, image_format=args.format or "png", **shared)
+            passed_over = prepare_folder(args.source, args.out, image_format=args.format or "png", **shared)
+            if passed_over:
+                program.say(f"warning: {args.source}: {passed_over}")
         case _:
             chosen = {"path": args.path_column, "caption": args.caption_column, "label": args.label_column}
             prepare_table(

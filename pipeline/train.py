@@ -130,7 +130,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
 
     def loss_of(model: Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Algorithm 1: z_0 ~ q(z|x), t uniform, eps normal; the gradient of ‖eps - eps_θ(z_t, t)‖²."""
-        moments = batch["moments"] if "moments" in batch else moments_of(batch["x"])  # [B,2C,h,w]
+        moments = batch["moments"].float() if "moments" in batch else moments_of(batch["x"])  # [B,2C,h,w]
         z_0 = latent_scale.normalise(sample_posterior(moments, batch["posterior_noise"]))  # [B,C,h,w]
         t = timesteps(batch["u"], schedule.num_timesteps).to(engine.device)  # [B]
         z_t = q_sample(z_0, t, batch["eps"], schedule)

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.__main__ import VERBS
 from pipeline.config_file import load_config
+from pipeline.data.index import ShardSet
 from pipeline.run_folder import claim, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,6 +343,17 @@ def test_the_status_lies_where_the_run_does_by_default_too(do: Do, settings: dic
     assert status(tmp_path / "runs" / "vae")["state"] == "usage"
 
 
+def test_pictures_that_are_not_read_are_told_of(do: Do, tmp_path: Path) -> None:
+    for name in ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "dog" / "2.gif").touch()
+    done = do("prepare", "folder", tmp_path / "pictures", tmp_path / "out", "--size", "8", "--validation", "0.5")
+    told = "passed over: 1 .gif (such as dog/2.gif); JPEG, PNG and WebP in class folders are read"
+    assert done.code == 0
+    assert done.err.splitlines()[-3] == f"warning: {tmp_path}/pictures: {told}"
+
+
 def test_a_folder_is_indexed_or_its_bad_shard_named(do: Do, digits: Path, tmp_path: Path) -> None:
     torn = tmp_path / "shards" / "000000.tar"
     torn.parent.mkdir()
@@ -354,6 +367,34 @@ def test_a_folder_is_indexed_or_its_bad_shard_named(do: Do, digits: Path, tmp_pa
     done = do("index", torn.parent)
     assert done.code == 2
     assert done.line.startswith(f"error: {torn}: at byte ")
+
+
+def test_every_sample_is_read_if_asked(do: Do, digits: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "shards" / "000000.tar"
+    shard.parent.mkdir()
+    whole = (digits / "validation" / "000000.tar").read_bytes()
+    count = ShardSet(digits / "validation", open_shards=1).counts[0]
+
+    shard.write_bytes(whole)
+    done = do("index", shard.parent, "--samples", "--workers", "2")
+    assert (done.code, done.err.splitlines()[-1]) == (0, f"{shard.parent}: all {count} samples can be read")
+
+    at = whole.index(b"\x89PNG")
+    shard.write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])
+    done = do("index", shard.parent, "--samples")
+    listed = shard.parent / "index" / "bad_samples.jsonl"
+    reason = "not a readable JPEG, PNG, WEBP image: none of these"
+    assert done.code == 1
+    assert done.err.splitlines()[-2:] == [
+        f"1  {reason}; first: 000000.tar: '00000000'",
+        f"error: {shard.parent}: 1 of {count} samples can't be used, and training would replace them; they are listed "
+        f"in {listed}",
+    ]
+    assert json.loads(listed.read_text()) == {"shard": "000000.tar", "key": "00000000", "reason": reason}
+
+    shard.write_bytes(whole)
+    done = do("index", shard.parent, "--samples")
+    assert (done.code, listed.exists()) == (0, False)
 
 
 # how programs end ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ LAYERS = {
         pipeline.data.latents pipeline.data.latent_set pipeline.data.sequential pipeline.data.quarantine
         pipeline.data.pieces pipeline.data.dataset pipeline.data.online
         pipeline.data.emoji pipeline.data.tables pipeline.data.sources
-        pipeline.data.preview pipeline.data.prepare
+        pipeline.data.preview pipeline.data.processes pipeline.data.prepare pipeline.data.bad_samples
         pipeline.diffusion pipeline.diffusion.schedule pipeline.diffusion.process pipeline.diffusion.objectives
         pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.unet pipeline.ema pipeline.optim
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances

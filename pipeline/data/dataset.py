@@ -82,16 +82,18 @@ class Samples(Dataset[Any]):
     def __getitem__(self, position: int) -> tuple[dict[str, Any], BadSample | None]:
         """The arrays at a position, and, where its own sample could not be read, which that was."""
         due = self.place(position)
-        first: tuple[str, str] | None = None
-        for place in (due, *(self._substitute(position, due, turn) for turn in range(TRIES))):
+        try:
+            return self._read(position, due)[1], None
+        except ValueError as error:
+            reason = str(error)
+        for turn in range(TRIES):
             try:
-                key, sample = self._read(position, place)
-            except ValueError as error:
-                first = first or (self.sets[due[0]].key(*due[1:]), str(error))
-            else:
-                bad = BadSample(position, self.sets[due[0]].path(due[1]), *first, key) if first else None
-                return sample, bad
-        raise UsageError(f"{self.where(due)}: {first and first[1]}; nor could {TRIES} others of its set be read")
+                key, sample = self._read(position, self._substitute(position, due, turn))
+            except ValueError:
+                continue
+            shards, (_, shard, row) = self.sets[due[0]], due
+            return sample, BadSample(position, shards.path(shard), shards.key(shard, row), reason, key)
+        raise UsageError(f"{self.where(due)}: {reason}; nor could {TRIES} others of its set be read")
 
     def _read(self, position: int, place: Place) -> tuple[str, dict[str, Any]]:
         try:
@@ -118,15 +120,19 @@ class Samples(Dataset[Any]):
         return a_set, shard, line - int(ends[shard] - self.sets[a_set].counts[shard])
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
+        batch: dict[str, NDArray[Any]] = {}
+        replaced: list[dict[str, Any]] = []
         try:
-            found = [self[position] for position in positions]
+            for slot, position in enumerate(positions):
+                sample, bad = self[position]
+                # Copied at once: a batch's worth of samples alive together would be pages asked for anew each time.
+                batch = batch or {name: _room(len(positions), array) for name, array in sample.items()}
+                for name, array in sample.items():
+                    batch[name][slot] = array
+                replaced += [bad.to_json()] if bad else []
         except (UsageError, RunError) as error:
             return {"error": str(error), "is_usage": isinstance(error, UsageError)}
-        samples = [sample for sample, _ in found]
-        return {
-            "batch": {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]},
-            "replaced": [bad.to_json() for _, bad in found if bad],
-        }
+        return {"batch": {name: torch.from_numpy(array) for name, array in batch.items()}, "replaced": replaced}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_mix"}
@@ -155,6 +161,10 @@ def load_batches(
         if "error" in loaded:
             raise (SampleError if loaded["is_usage"] else RunError)(loaded["error"])
         yield loaded["batch"], [BadSample(**row) for row in loaded["replaced"]]
+
+
+def _room(num_samples: int, like: Any) -> NDArray[Any]:
+    return np.empty((num_samples, *np.shape(like)), dtype=like.dtype)
 
 
 class _Once:

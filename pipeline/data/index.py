@@ -25,6 +25,7 @@ from pipeline.data.tar import BadShardError, ShardIndex, scan
 from pipeline.errors import UsageError
 
 FORMAT = 1
+BAD_SAMPLES = "bad_samples.jsonl"  # in index/: what a pass over all samples found in these very shards
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what a torn sidecar may raise
 SETTLED_NS = 2_000_000_000  # a younger shard may change again without a new time: file systems' clocks are coarse
 UNKNOWN_NS = 0
@@ -55,7 +56,7 @@ def build_index(
     """
     shards = list_shards(folder)
     # Threads: hashing, most of the work, runs beside Python, and none outlives a killed program.
-    with ThreadPoolExecutor(workers or _num_cores()) as pool:
+    with ThreadPoolExecutor(workers or num_cores()) as pool:
         recorded = pool.map(lambda path: None if verify else _recorded(path, required), shards)
         known = dict(zip(shards, recorded, strict=True))
         rest = [path for path, found in known.items() if found is None]
@@ -86,7 +87,8 @@ def note_shard(aside: Path, path: Path) -> None:
     index.save(_sidecar(path), aside.stat().st_mtime_ns)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -154,10 +156,20 @@ def _publish(folder: Path, found: list[_Known], source: dict[str, Any] | None) -
     files.flush(index)
     entries = [of_shard.entry for of_shard in found]
     manifest = {"format": FORMAT, "fingerprint": files.fingerprint(entries), "shards": entries, "source": source}
+    if _fingerprint(index) != manifest["fingerprint"]:
+        (index / BAD_SAMPLES).unlink(missing_ok=True)
     files.write_json(index / "manifest.json", manifest)
     for stray in set(index.glob("*.npz")) - {_sidecar(folder / entry["name"]) for entry in entries}:
         stray.unlink()
     shutil.rmtree(folder / ".index.part", ignore_errors=True)
+
+
+def _fingerprint(index: Path) -> str | None:
+    """Of the shards that the manifest lists; None where there is no readable one."""
+    try:
+        return files.read_json(index / "manifest.json")["fingerprint"]
+    except UNREADABLE:
+        return None
 
 
 def check_parts(path: Path, index: ShardIndex, required: tuple[frozenset[str], ...]) -> None:

@@ -7,7 +7,7 @@ every W.  The N mod C samples before the start stay unread in that epoch; anothe
 
 Several sets are mixed by a pattern that repeats: each lane walks along it, one place further on than the lane before,
 and takes its next sample of the set that it finds there.  So a lane reads each set in that set's own order, and at
-every position the sets' shares are kept as nearly as whole samples can.
+every stretch of its places the sets come in their shares: of two, to within one sample.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class Mix:
 
     def __call__(self, position: int) -> tuple[int, int, int]:
         """(set, shard, sample within it) at a position ≥ 0."""
+        if len(self.orders) == 1:
+            return 0, *self.orders[0](position)
         offset, lane = divmod(position, self.lanes)
         a_set = int(self._pattern[(lane + offset) % len(self._pattern)])
         of_set = self._count(a_set, lane + offset) - self._count(a_set, lane)  # this lane's samples of it so far

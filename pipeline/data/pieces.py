@@ -41,7 +41,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Moments:
-    """`moments` float32 [2C,h,w] of one of the views that encode wrote."""
+    """`moments` fp16 [2C,h,w] of one of the views that encode wrote."""
 
     seed: int
     latent_shape: tuple[int, int, int]  # (C, h, w)
@@ -124,3 +124,13 @@ def class_label(parts: Parts) -> int:
     if label < 0:
         raise ValueError(f"class id {label} came, 0 or more was wanted")
     return label
+
+
+def caption(parts: Parts) -> str:
+    """The text in `.txt`.  Raises ValueError where it is missing or not UTF-8."""
+    if "txt" not in parts:
+        raise ValueError("no .txt part")
+    try:
+        return parts["txt"].decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f".txt is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -7,13 +7,8 @@ that are missing when the same command is run again.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +23,7 @@ from webdataset.writer import TarWriter
 from pipeline import files
 from pipeline.data import emoji, images, preview, sources
 from pipeline.data.index import build_index
+from pipeline.data.processes import in_order
 from pipeline.data.sources import Picture, Source
 from pipeline.data.tables import Columns
 from pipeline.errors import UsageError
@@ -60,10 +56,14 @@ def prepare_folder(
     validation_share: float,
     image_format: ImageFormat = "png",
     workers: int = 0,
-) -> None:
-    """A folder per class → out/train and out/validation.  Raises UsageError naming what is not a readable image."""
-    found = sources.folder(source, size)
+) -> str:
+    """A folder per class → out/train and out/validation.  Raises UsageError naming what is not a readable image.
+
+    Gives what was passed over, in one line; "" where nothing was.
+    """
+    found, passed_over = sources.folder(source, size)
     write_sets(out, found, seed=seed, validation_share=validation_share, image_format=image_format, workers=workers)
+    return passed_over
 
 
 def prepare_table(
@@ -161,7 +161,7 @@ def write_set(
     firsts = np.cumsum([0, *sizes]).tolist()
     missing = [shard for shard, name in enumerate(names) if _record(folder, name, made_by) is None]
     wanted = [range(firsts[shard], firsts[shard + 1]) for shard in missing]
-    samples = _in_order(encode, [items[i] for keys in wanted for i in keys], workers)
+    samples = in_order(encode, [items[i] for keys in wanted for i in keys], workers, chunk_items=CHUNK_IMAGES)
     with tqdm(total=len(items), desc=f"prepare {folder}", unit=" images", dynamic_ncols=True) as bar:
         bar.update(len(items) - sum(map(len, wanted)))
         for shard, keys in zip(missing, wanted, strict=True):
@@ -217,44 +217,6 @@ def _encode(draw: Callable[[Any], Picture], image_format: ImageFormat, item: Any
     if picture.caption is not None:
         parts["txt"] = picture.caption.encode()
     return parts
-
-
-def _in_order(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """map(work, items), in order, done ahead by `workers` processes; never more results in memory than they need."""
-    chunks = [items[first : first + CHUNK_IMAGES] for first in range(0, len(items), CHUNK_IMAGES)]
-    if workers == 0 or not chunks:
-        yield from map(work, items)
-        return
-    # Forked: a process that started anew would first import all of this again.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(workers, len(chunks)), context, initializer=_end_with_parent) as pool:
-        ahead: deque[Future[list[Any]]] = deque()
-        try:
-            for chunk in chunks:
-                ahead.append(pool.submit(_work_all, work, chunk))
-                if len(ahead) > 2 * workers:
-                    yield from ahead.popleft().result()
-            while ahead:
-                yield from ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _work_all(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    return [work(item) for item in items]
-
-
-def _end_with_parent() -> None:
-    """A process of the pool: it leaves signals to the program, and does not outlive it."""
-    for polite in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(polite, signal.SIG_IGN)
-
-    def end() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 def _shard_names(sizes: list[int]) -> list[str]:

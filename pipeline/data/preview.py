@@ -47,7 +47,7 @@ def write_latents_preview(
     first = _first(folder, NUM_LATENTS)
     while some := list(islice(first, BATCH_LATENTS)):
         moments = np.stack([latents.moments_from_bytes(parts[latents.PART]) for parts in some])  # [B,2C,h,w]
-        decoded = decode(moments[:, : moments.shape[1] // 2])
+        decoded = decode(moments[:, : moments.shape[1] // 2].astype(np.float32))
         cells += [(_enlarged(pixels), _told(parts)) for pixels, parts in zip(decoded, some, strict=True)]
     with files.whole(folder / "preview.png", writer) as aside:
         contact_sheet(cells).save(aside, format="PNG")

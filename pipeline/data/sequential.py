@@ -38,10 +38,8 @@ def read_through(shards: ShardSet, shard: int) -> Iterator[tuple[str, dict[str, 
             for sample in group_by_keys(members):
                 if row == len(keys) or sample["__key__"] != keys[row]:
                     raise UsageError(changed)
-                yield (
-                    keys[row],
-                    {name: part for name, part in sample.items() if not name.startswith("__")},
-                )
+                # By name, as ShardSet.read gives them: of several images both take the same one.
+                yield keys[row], {name: sample[name] for name in sorted(sample) if not name.startswith("__")}
                 row += 1
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise UsageError(changed) from error

@@ -5,11 +5,12 @@ A source lists its items at once and draws each only when it is asked for, in wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from pipeline.data.tables import Columns, Row, number_labels, read_table
 from pipeline.errors import UsageError
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LEFT_BY_SYSTEMS = frozenset({"Thumbs.db", "desktop.ini"})
+SUFFIXES = frozenset(f".{part}" for part in images.PARTS)
 WORDINGS = ("a handwritten digit {}", "the digit {}, written by hand", "a handwritten {}", "a scan of the digit {}")
 
 
@@ -68,28 +71,73 @@ def _draw_digit(size: int, item: tuple[NDArray[np.float64], int, int]) -> Pictur
     return Picture(scaled, label, WORDINGS[row % len(WORDINGS)].format(DIGIT_NAMES[label]))
 
 
-def folder(source: Path, size: int) -> Source:
+def folder(source: Path, size: int) -> tuple[Source, str]:
     """A folder per class.  Classes are numbered by name; the name is the caption.
 
-    Raises UsageError where there are none, or no images.
+    Names that begin with a dot are nobody's pictures.  With the source comes what else was passed over, in one line;
+    "" where nothing was.  Raises UsageError where there are no classes, or no images.
     """
-    classes = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
-    suffixes = {f".{part}" for part in images.PARTS}
-    found = [
-        (path, label)
-        for label, of_class in enumerate(classes)
-        for path in sorted(of_class.rglob("*"))
-        if path.suffix.lower() in suffixes
-    ]
+    top = [path for path in source.iterdir() if _is_seen(path.name)] if source.is_dir() else []
+    classes = sorted(path for path in top if path.is_dir())
+    within = [(path, label) for label, of_class in enumerate(classes) for path in _files_below(of_class)]
+    found = [(path, label) for path, label in within if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    kept = {path for path, _ in found}
+    unread = [path for path, _ in within if path not in kept] + sorted(path for path in top if not path.is_dir())
+    passed_over = _say_unread(source, unread)
     if len(classes) < 1 or len(found) < 2:
         raise UsageError(
             f"{source}: {len(classes)} folders with {len(found)} images came; a folder per class was wanted"
+            + (f"; {passed_over}" if passed_over else "")
         )
     names = [path.name for path in classes]
-    seen = files.fingerprint([[path.relative_to(source).as_posix(), path.stat().st_size] for path, _ in found])
+    if empty := sorted(set(range(len(classes))) - {label for _, label in found}):
+        bare = f"classes without an image: {len(empty):,} (such as {names[empty[0]]})"
+        passed_over = f"{passed_over}; {bare}" if passed_over else bare
+    seen = files.fingerprint([[path.relative_to(source).as_posix(), _num_bytes(path)] for path, _ in found])
     items = [(path, str(path), label, names[label]) for path, label in found]
     made_by = {"prepare": "folder", "size": size, "classes": names, "files": seen}
-    return Source(str(source), items, partial(_read_file, size), made_by)
+    return Source(str(source), items, partial(_read_file, size), made_by), passed_over
+
+
+def _is_seen(name: str) -> bool:
+    return not name.startswith(".") and name not in LEFT_BY_SYSTEMS
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files in a folder and those within it, sorted, and links to folders, which are not followed."""
+    found: list[Path] = []
+    for at, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = filter(_is_seen, folders)
+        linked = [name for name in folders if Path(at, name).is_symlink()]
+        found += [Path(at, name) for name in (*filter(_is_seen, names), *linked)]
+    return sorted(found)
+
+
+def _say_unread(source: Path, unread: list[Path]) -> str:
+    """How many files of each ending are not read, with an example; "" where there are none."""
+    kinds: dict[str, list[Path]] = {}
+    for path in unread:
+        ending = path.suffix.lower()
+        if path.is_dir():
+            kind = "linked folder"
+        elif ending in SUFFIXES:
+            kind = f"{ending} in no class folder"
+        else:
+            kind = ending or "without an ending"
+        kinds.setdefault(kind, []).append(path)
+    told = [f"{len(of):,} {kind} (such as {of[0].relative_to(source)})" for kind, of in sorted(kinds.items())]
+    return f"passed over: {', '.join(told)}; JPEG, PNG and WebP in class folders are read" if told else ""
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UsageError(f"{error.filename}: {error.strerror}") from None
 
 
 def table(path: Path, root: Path, size: int, columns: Columns) -> Source:

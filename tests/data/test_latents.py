@@ -47,7 +47,7 @@ def open_latents(folder: Path, **other: Any) -> dict[str, Any]:
 def test_moments_survive_as_fp16() -> None:
     moments = np.random.default_rng(0).normal(size=(8, 5, 3)).astype(np.float32) * 100
     read = moments_from_bytes(moments_to_bytes(moments))
-    assert read.dtype == np.float32 and np.array_equal(read, moments.astype(np.float16).astype(np.float32))
+    assert read.dtype == np.float16 and np.array_equal(read, moments.astype(np.float16))
     assert np.array_equal(moments_from_bytes(moments_to_bytes(read)), read)
 
 
@@ -207,7 +207,7 @@ def test_squares_are_evenly_spaced() -> None:
 def test_text_survives_as_fp16() -> None:
     embedding = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
     read = latents.text_from_bytes(latents.text_to_bytes(embedding))
-    assert read.dtype == np.float32 and np.array_equal(read, embedding.astype(np.float16))
+    assert read.dtype == np.float16 and np.array_equal(read, embedding.astype(np.float16))
     for wrong in (np.full((7, 5), 1e9), np.full((7, 5), np.nan)):
         with pytest.raises(ValueError, match="the caption's embedding is not finite in fp16"):
             latents.text_to_bytes(wrong)

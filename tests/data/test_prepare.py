@@ -231,8 +231,49 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "class").mkdir(parents=True)
     (tmp_path / "pictures" / "class" / "a.gif").write_bytes(b"GIF89a")
-    with pytest.raises(UsageError, match="1 folders with 0 images came"):
+    told = r"1 folders with 0 images came; .*; passed over: 1 \.gif \(such as class/a\.gif\); JPEG, PNG and WebP"
+    with pytest.raises(UsageError, match=told):
         folder_set(tmp_path / "pictures", tmp_path / "out")
+
+
+def test_what_is_passed_over_is_told_by_ending(tmp_path: Path, pictures: Path) -> None:
+    for name in ("ant/a.gif", "ant/more/b.GIF", "bee/c.tiff", "bee/README", "list.csv", "top.png", "top.JPG"):
+        (pictures / name).write_bytes(b"not read")
+    (pictures / "bee" / "linked").symlink_to(pictures / "ant")
+    (pictures / "cat").mkdir()
+    told = prepare_folder(pictures, tmp_path / "out", **ARGUMENTS)
+    assert told == (
+        "passed over: 1 .csv (such as list.csv), 2 .gif (such as ant/a.gif), 1 .jpg in no class folder (such as "
+        "top.JPG), 1 .png in no class folder (such as top.png), 1 .tiff (such as bee/c.tiff), 3 .txt (such as "
+        "ant/notes.txt), 1 linked folder (such as bee/linked), 1 without an ending (such as bee/README); JPEG, PNG "
+        "and WebP in class folders are read; classes without an image: 1 (such as cat)"
+    )
+    assert prepare_folder(pictures, tmp_path / "out", **ARGUMENTS) == told  # also when all is there already
+
+
+def test_hidden_names_are_not_looked_at(tmp_path: Path, pictures: Path) -> None:
+    for path in list(pictures.rglob("notes.txt")):
+        path.unlink()
+    before = content(folder_set(pictures, tmp_path / "before"))
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "ant/.DS_Store",
+        "ant/._0.png",
+        "ant/.thumbs/a.png",
+        ".git/a.png",
+    ):
+        (pictures / name).parent.mkdir(exist_ok=True)
+        (pictures / name).write_bytes(b"")
+    assert prepare_folder(pictures, tmp_path / "after", **ARGUMENTS) == ""
+    assert content(tmp_path / "after") == before
+
+
+def test_an_image_that_is_a_broken_link_is_named(tmp_path: Path, pictures: Path) -> None:
+    (pictures / "ant" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UsageError, match=rf"^{pictures}/ant/gone\.png: No such file or directory$"):
+        folder_set(pictures, tmp_path / "out")
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
