@@ -1,7 +1,7 @@
 """Encode image shards into latent shards: one output tar for each input tar, posterior moments and labels.
 
-Shards are shared out over the ranks.  Each is written aside and renamed, so a killed encode goes on where it was when
-the same command is run again.
+Shards are shared out over the ranks, and with --part over the tasks of a job array.  Each is written aside and renamed,
+so a killed encode goes on where it was when the same command is run again, with any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,195 +13,202 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections import Counter
+import re
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from diffusers import AutoencoderKL
 from torch.nn import Module
-from tqdm import tqdm
-from webdataset.compat import WebDataset
-from webdataset.writer import TarWriter
 
-from pipeline import files, program
-from pipeline.config import Config, DataConfig
-from pipeline.data import images, latents
-from pipeline.data.index import ShardSet, build_index
+from pipeline import program
+from pipeline.config import Config
+from pipeline.data import latents
+from pipeline.data.index import ShardSet
+from pipeline.data.latent_set import LatentSet
 from pipeline.data.latents import Origin
-from pipeline.data.pieces import class_label, image_part
+from pipeline.encoder import Encoder
+from pipeline.encoding import Encoding
 from pipeline.engine import Engine
-from pipeline.errors import SampleError, UsageError, blame
-from pipeline.run_folder import write_status
+from pipeline.errors import RunError, UsageError, blame
+from pipeline.run_folder import STATUS, State, write_status
+from pipeline.text import TextEncoder
 from vae.model import load, weights_sha256
-from vae.moments import MomentStatistics, encode_moments
+
+
+class Part(NamedTuple):
+    """A job array's task: its number, from 1, and how many there are."""
+
+    number: int
+    of: int
+
+    @property
+    def status_name(self) -> str:
+        """The file that tells how this task stands."""
+        return STATUS if self.of == 1 else f"status.part-{self.number}-of-{self.of}.json"
+
+    def share(self, num_shards: int) -> range:
+        """The shards that this task does."""
+        return range(self.number - 1, num_shards, self.of)
+
+
+def parse_part(text: str) -> Part:
+    """I/N with 1 ≤ I ≤ N."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} came, I/N with I from 1 to N was wanted, such as 3/16")
+    return Part(int(found[1]), int(found[2]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("encode", __doc__ or "")
-    return program.run_config(made, argv, encode, _first_latents)
+    made.add_argument(
+        "--part",
+        type=parse_part,
+        default=Part(1, 1),
+        metavar="I/N",
+        help="do the I-th of N parts of the shards, from 1, for job arrays; who finds them all done finishes the set",
+    )
+    return program.run_config(made, argv, encode, status_folder, lambda args: args.part.status_name)
 
 
-def _first_latents(raw: dict[str, Any]) -> str | None:
-    """The folder that a raw config encodes to; the first where there are several."""
+def status_folder(raw: dict[str, Any]) -> str | None:
+    """The first folder that latents are written to, also of a config that was not checked yet."""
     named: Any = raw["data"]["train_latents"]
-    return next(iter(named), None) if isinstance(named, list | tuple) else named  # pyright: ignore
+    first: Any = next(iter(named), None) if isinstance(named, list | tuple) else named  # pyright: ignore
+    return first if isinstance(first, str) and "://" not in first else None
 
 
 def encode(config: Config, args: argparse.Namespace) -> None:
-    """config → engine → frozen VAE → the training set's latents → the validation set's."""
-    del args
+    """config → engine → frozen networks → the shards of every set → what is complete is finished."""
+    part: Part = args.part
+    if config.data.train_latents is None:
+        raise UsageError(
+            "data.train_latents: null came, so this config trains on the images themselves; encode wants a folder for "
+            "each of data.train_images"
+        )
     engine = Engine(config.engine)
-    data, status = config.data, Path((config.data.train_latents or ("",))[0])
     with blame("vae.path"):
         vae = load(config.vae.path)
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    if data.image_size % factor:
-        raise UsageError(f"data.image_size: {data.image_size} came, a multiple of the VAE's factor {factor} was wanted")
-    vae_sha256 = weights_sha256(vae)
+    if config.data.image_size % factor:
+        raise UsageError(
+            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
+        )
+    text = None
+    if config.data.encode_text is not None:
+        with blame("data.encode_text"):
+            text = TextEncoder.load(config.data.encode_text)
+    work = open_sets(config, engine, vae, text)
+    engine.main_does(partial(begin, work, part))
+
+    # the shards
     Module.to(vae, engine.device)
-    sets = [("data.train_images", data.train_images[0], (data.train_latents or ("",))[0])]
+    if text is not None:
+        text.to(engine.device)
+    began = time.monotonic()
+    for each in work:
+        each.encode(part.share(len(each.shards.names)))
+    engine.wait()
+    seconds = time.monotonic() - began
+
+    # the sets
+    counts = engine.gather([[each.num_images, each.num_quarantined] for each in work])
+    num_images, num_quarantined = (sum(c[i] for of_rank in counts for c in of_rank) for i in (0, 1))
+    missing: list[int] = engine.main_does(partial(close, work, part))
+    if not engine.is_main:
+        return
+    for each, num_missing in zip(work, missing, strict=True):
+        if num_missing:
+            num_shards = len(each.shards.names)
+            program.say(
+                f"{each.out}: part {part.number} of {part.of}: its {len(part.share(num_shards))} shards are done; "
+                f"{num_missing} of the set's {num_shards} are missing"
+            )
+    if num_images:
+        ranks = f"{engine.num_ranks} rank{'s' * (engine.num_ranks > 1)}"
+        program.say(
+            f"encoded {num_images:,} images in {seconds:.1f} s over {ranks}: {num_images / seconds:,.1f} images/s"
+        )
+    if num_quarantined:
+        program.say(
+            f"{num_quarantined:,} samples could not be read and were left out; see quarantine.jsonl of each set"
+        )
+    if not any(missing):
+        described = [latents.describe(Path(out)) for out in config.data.train_latents]
+        scale = latents.merge_descriptions(described, config.data.weights or (1.0,))["scale"]
+        folders = ", ".join(str(each.out) for each in work)
+        program.say(f"the latents are in {folders}; the measured scale to train with is {scale:.4f}")
+
+
+def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEncoder | None) -> list[Encoding]:
+    """The sets to encode: those to train on in all their views, the held-out one cut in the centre."""
+    data = config.data
+    assert data.train_latents is not None
+    named = [("train", *pair) for pair in zip(data.train_images, data.train_latents, strict=True)]
     if data.validation_images and data.validation_latents:
-        sets.append(("data.validation_images", data.validation_images, data.validation_latents))
-    for key, source, out in sets:
-        with blame(key):
-            shards = ShardSet(Path(source), open_shards=1)
+        named.append(("validation", data.validation_images, data.validation_latents))
+    vae_sha256, text_sha256 = weights_sha256(vae), text.sha256() if text else None
+    work: list[Encoding] = []
+    for kind, source, out in named:
+        if "://" in out:
+            raise UsageError(f"data.{kind}_latents: {out} is a URL; encode writes to a folder")
+        with blame(f"data.{kind}_images"):
+            shards = ShardSet(source, open_shards=1, remote=data.remote)
+        num_crops = data.encode_crops if kind == "train" else 1
+        flip = data.flip and kind == "train"
         origin = Origin(
             vae_sha256=vae_sha256,
             image_size=data.image_size,
-            crop="centre",
-            flip=False,
+            crop=latents.crop_name(num_crops),
+            flip=flip,
             precision=config.engine.precision,
             batch_images=data.encode_batch_images,
             source_fingerprint=shards.fingerprint,
+            text_encoder_sha256=text_sha256,
         )
-        engine.main_does(partial(begin_set, Path(out), origin))
-        engine.main_does(partial(write_status, status, "running"))
-        encode_set(engine, vae, shards, Path(out), data)
-        engine.wait()
-        engine.main_does(partial(finish_set, shards, Path(out), origin))
-    engine.main_does(partial(write_status, status, "done"))
-    if engine.is_main:
-        scale = latents.describe(status)["scale"]
-        program.say(f"the latents are in {', '.join(out for _, _, out in sets)}; their measured scale is {scale:.4f}")
+        encoder = Encoder(engine, vae, text, data.image_size, num_crops, flip)
+        latent_set = LatentSet(Path(out), shards, origin, encoder.parts)
+        with blame(f"data.{kind}_latents"):
+            latent_set.check()
+        work.append(Encoding(latent_set, encoder, data))
+    return work
 
 
-def begin_set(out: Path, origin: Origin) -> None:
-    """Refuse a folder that holds something else; say what is being made in a new one."""
-    if (out / "dataset.json").exists():
-        latents.check_same_origin(out, latents.describe(out), origin)
-    else:
-        said = {"format": latents.FORMAT, "kind": "latents", "complete": False, "origin": asdict(origin)}
-        files.write_json(out / "dataset.json", said)
+def begin(work: Sequence[Encoding], part: Part) -> None:
+    """Say what is being made, and that it is."""
+    for each in work:
+        with each.whole():
+            each.latent_set.begin(each.writer)
+    if part.of > 1:
+        tell(work, "running", part.status_name)
+    if not all(each.latent_set.is_finished() for each in work):
+        tell(work, "running", STATUS)
 
 
-def encode_set(engine: Engine, vae: AutoencoderKL, shards: ShardSet, out: Path, data: DataConfig) -> None:
-    """Write this rank's shards that are not there yet."""
-    mine = range(engine.rank, len(shards.names), engine.num_ranks)
-    with tqdm(
-        total=sum(shards.counts[i] for i in mine),
-        desc=f"encode {shards.location}",
-        unit=" images",
-        dynamic_ncols=True,
-        disable=not engine.is_main,
-    ) as bar:
-        for name, count in ((shards.names[i], shards.counts[i]) for i in mine):
-            if (out / name).exists() and _record(out, name).exists():
-                bar.update(count)
-            else:
-                encode_shard(engine, vae, Path(shards.location) / name, out, data=data, bar=bar)
+def close(work: Sequence[Encoding], part: Part) -> list[int]:
+    """Finish the sets whose shards are all there; how many are missing in each."""
+    missing = [each.finish() for each in work]
+    if any(missing) and part.of == 1:
+        raise RunError(f"{sum(missing)} shards are missing at the end; run the same command again")
+    if not any(missing):
+        tell(work, "done", STATUS)
+    if part.of > 1:
+        tell(work, "done", part.status_name)
+    for each, num_missing in zip(work, missing, strict=True):
+        if not num_missing:
+            each.sweep()
+    return missing
 
 
-def encode_shard(
-    engine: Engine, vae: AutoencoderKL, shard: Path, out: Path, *, data: DataConfig, bar: tqdm[Any]
-) -> None:
-    """One image tar → one latent tar of the same name, and beside it what was measured in it."""
-    statistics = MomentStatistics(int(vae.config["latent_channels"]))
-    labels: Counter[int] = Counter()
-    # A list, as a string would be brace-expanded; and the shards are shared out already, which webdataset must be told.
-    reader = WebDataset([str(shard)], shardshuffle=False, nodesplitter=lambda urls: urls, empty_check=False)
-    batches: Any = reader.batched(data.encode_batch_images, collation_fn=None, partial=True)
-    with files.whole(out / shard.name) as aside:
-        with aside.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
-            for batch in batches:
-                x = torch.from_numpy(np.stack([_pixels(shard, sample, data.image_size) for sample in batch]))
-                with torch.no_grad(), engine.accelerator.autocast():
-                    moments = encode_moments(vae, x.to(engine.device)).float().cpu()  # [B,2C,h,w]
-                statistics.update(moments)
-                for sample, of_sample in zip(batch, moments.numpy(), strict=True):
-                    if "cls" in sample:
-                        labels[_label(shard, sample)] += 1
-                    kept = {
-                        name: part
-                        for name, part in sample.items()
-                        if name in ("__key__", "cls", "txt", "json") and name not in images.PARTS
-                    }
-                    writer.write({**kept, latents.PART: latents.moments_to_bytes(of_sample)})
-                bar.update(len(batch))
-        # Before the tar takes its name: a tar that is there has its record.
-        files.write_json(_record(out, shard.name), {"statistics": statistics.to_dict(), "labels": labels})
-
-
-def _pixels(shard: Path, sample: dict[str, Any], size: int) -> Any:
-    try:
-        return images.to_unit(images.decode(image_part(sample), size))
-    except ValueError as error:
-        raise SampleError(f"{shard}: sample {sample['__key__']!r}: {error}") from None
-
-
-def _label(shard: Path, sample: dict[str, Any]) -> int:
-    try:
-        return class_label(sample)
-    except ValueError as error:
-        raise SampleError(f"{shard}: sample {sample['__key__']!r}: {error}") from None
-
-
-def _record(out: Path, name: str) -> Path:
-    return out / "index" / f"{name.removesuffix('.tar')}.encoded.json"
-
-
-def finish_set(shards: ShardSet, out: Path, origin: Origin) -> None:
-    """Index the latents, add up what was measured, and say that the set is complete."""
-    stray = sorted({path.name for path in out.glob("*.tar")} - set(shards.names))
-    if stray:
-        raise UsageError(f"{out}: holds {stray[0]}, which the images {shards.location} don't have; move it away")
-    build_index(out, required=(frozenset({latents.PART}),), source=asdict(origin))
-    written = ShardSet(out, open_shards=1)
-    if written.counts != shards.counts:
-        raise UsageError(
-            f"{out}: has {len(written)} samples, the images {shards.location} have {len(shards)}; remove it"
-        )
-    labels: Counter[int] = Counter()
-    records = [files.read_json(_record(out, name)) for name in shards.names]
-    total = MomentStatistics.from_dict(records[0]["statistics"])
-    for record in records[1:]:
-        total.merge(MomentStatistics.from_dict(record["statistics"]))
-    for record in records:
-        labels.update({int(label): count for label, count in record["labels"].items()})
-    with blame(str(out)):
-        measured = total.latent_scale
-    files.write_json(
-        out / "dataset.json",
-        {
-            "format": latents.FORMAT,
-            "kind": "latents",
-            "complete": True,
-            "fingerprint": written.fingerprint,
-            "num_samples": len(written),
-            "label_counts": {str(label): labels[label] for label in sorted(labels)},
-            "origin": asdict(origin),
-            "scale": measured.scale,
-            "shift": measured.shift,
-            "channel_mean": total.channel_mean,
-            "channel_std": total.channel_std,
-            "statistics": total.to_dict(),
-        },
-    )
+def tell(work: Sequence[Encoding], state: State, name: str) -> None:
+    """Write a status beside the first set."""
+    first = work[0]
+    with first.whole():
+        write_status(first.out, state, name=name, writer=first.writer)
 
 
 if __name__ == "__main__":

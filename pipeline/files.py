@@ -92,9 +92,14 @@ def whole_lines(path: Path) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.  Raises OSError where it can't be read, ValueError where it is not one."""
-    value: object = json.loads(path.read_text(encoding="utf-8"))
+    return as_object(path.read_bytes(), str(path))
+
+
+def as_object(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that bytes (UTF-8) hold.  Raises ValueError where they hold something else."""
+    value: object = json.loads(data)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object was wanted, {type(value).__name__} came")
+        raise ValueError(f"{where}: a JSON object was wanted, {type(value).__name__} came")
     return cast(dict[str, Any], value)
 
 

@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.config_file import find_config, load_config, raw_config
 from pipeline.engine import leave
 from pipeline.errors import RunError, SampleError, UsageError
-from pipeline.run_folder import InUseError, State, in_use, launched_rank, read_status, write_status
+from pipeline.run_folder import STATUS, InUseError, State, in_use, launched_rank, read_status, write_status
 
 DONE, FAILED, USAGE = 0, 1, 2
 Folder = Callable[[dict[str, Any]], Any]  # raw config → the folder whose status.json tells this program's outcome
@@ -55,9 +55,16 @@ def config_parser(verb: str, purpose: str) -> Parser:
 
 
 def run_config(
-    made: Parser, argv: Sequence[str] | None, story: Callable[[Config, argparse.Namespace], None], folder: Folder | None
+    made: Parser,
+    argv: Sequence[str] | None,
+    story: Callable[[Config, argparse.Namespace], None],
+    folder: Folder | None,
+    status_name: Callable[[argparse.Namespace], str] = lambda args: STATUS,
 ) -> int:
-    """Parse, load the config, tell the story; the exit code.  `folder`: where its status.json lies, if it has one."""
+    """Parse, load the config, tell the story; the exit code.
+
+    `folder`: where its status.json lies, if it has one; `status_name`: of that file, where it goes by another.
+    """
     args = _parse(made, argv)
     if isinstance(args, int):
         return args
@@ -65,10 +72,10 @@ def run_config(
 
     def work() -> None:
         if folder is not None and launched_rank() == 0:  # every rank finds the same wrong: one writes it down
-            where.extend(_status_folder(args, folder))
+            where.extend(found / status_name(args) for found in _status_folder(args, folder))
         config = load_config(args.config, args.overrides)
         if folder is not None:
-            where[:] = [Path(folder(config.model_dump()))]
+            where[:] = [Path(found) / status_name(args) for found in [folder(config.model_dump())] if found]
         story(config, args)
 
     return _guard(work, args.debug, where)
@@ -122,7 +129,8 @@ def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
         _record(status, "failed", str(error) if named else f"{type(error).__name__}: {error}", error)
         if status and not named:
             with suppress(OSError):
-                (status[0] / f"traceback-{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                told = status[0].with_name(f"traceback-{launched_rank()}.txt")
+                told.write_text(traceback.format_exc(), encoding="utf-8")
         return _tell(error, FAILED, debug)
     finally:
         for polite, handler in before.items():
@@ -148,12 +156,13 @@ def _tell(error: Exception, code: int, debug: bool = False) -> int:
 
 def _record(status: list[Path], state: State, reason: str, error: Exception | None = None) -> None:
     """Write the status, unless that is for another to do: rank 0, or the live process that has the folder."""
-    if not status or _is_echo(error) or (launched_rank() == 0 and in_use(status[0])):
+    if not status or _is_echo(error) or (launched_rank() == 0 and in_use(status[0].parent)):
         return
     try:
-        write_status(status[0], state, reason=reason)
+        write_status(status[0].parent, state, reason=reason, name=status[0].name)
     except OSError as problem:
-        say(f"error: {status[0] / 'status.json'} could not be written: {problem}")
+        if str(status[0].parent) not in reason:  # else the error is about the folder itself
+            say(f"error: {status[0]} could not be written: {problem}")
 
 
 def _is_echo(error: Exception | None) -> bool:
@@ -169,7 +178,7 @@ def _ender(status: list[Path], program: int) -> Callable[[int, object], NoReturn
 
     def end_here(signum: int, frame: object) -> NoReturn:
         if os.getpid() == program and launched_rank() == 0:
-            if status and read_status(status[0]).get("state") == "running":
+            if status and read_status(status[0].parent, status[0].name).get("state") == "running":
                 _record(status, "preempted", signal.Signals(signum).name)
             say("\ninterrupted; run the same command again and it goes on")
         os._exit(FAILED)

@@ -16,6 +16,7 @@ from pipeline.config_file import to_yaml
 from pipeline.errors import UsageError, blame
 
 State = Literal["running", "done", "preempted", "failed", "usage"]
+STATUS = "status.json"
 _locks: dict[Path, TextIO] = {}  # held open until the process ends, however it ends
 
 
@@ -28,21 +29,32 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def write_status(folder: Path, state: State, *, step: int | None = None, reason: str | None = None) -> None:
-    """Write RUN/status.json whole.  `step`: optimizer steps that are saved; None keeps the number it has."""
-    path = folder / "status.json"
+def write_status(
+    folder: Path,
+    state: State,
+    *,
+    step: int | None = None,
+    reason: str | None = None,
+    name: str = STATUS,
+    writer: int | None = None,
+) -> None:
+    """Write RUN/status.json whole.  `step`: optimizer steps that are saved; None keeps the number it has.
+
+    `name`: of the file, where a folder has several; `writer`: see files.whole; the rank where None.
+    """
     if step is None:
-        step = read_status(folder).get("step", 0)
-    if state == "done":
+        step = read_status(folder, name).get("step", 0)
+    if state == "done" and name == STATUS:
         for old in folder.glob("traceback-*.txt"):  # of a try that failed before
             old.unlink()
-    files.write_json(path, {"state": state, "step": step, "reason": reason}, writer=launched_rank())
+    status = {"state": state, "step": step, "reason": reason}
+    files.write_json(folder / name, status, launched_rank() if writer is None else writer)
 
 
-def read_status(folder: Path) -> dict[str, Any]:
+def read_status(folder: Path, name: str = STATUS) -> dict[str, Any]:
     """What status.json says; nothing where there is none."""
     try:
-        return files.read_json(folder / "status.json")
+        return files.read_json(folder / name)
     except (OSError, ValueError):
         return {}
 

@@ -76,7 +76,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
         read: Piece = Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip)
     else:
         folders, described = config.data.train_latents, open_sets(config, vae)
-        read = Moments(config.seed, latent_shape)
+        num_crops = config.data.encode_crops if config.data.crop == "random" else 1
+        read = Moments(config.seed, latent_shape, num_crops, config.data.flip)
     latent_scale = LatentScale(described["scale"], described["shift"])
     condition = config.conditioning
     pieces = (
@@ -162,10 +163,19 @@ def open_sets(config: Config, vae: AutoencoderKL) -> dict[str, Any]:
     described: list[dict[str, Any]] = []
     for folder in config.data.train_latents:
         with blame("data.train_latents"):
-            found = latents.open_latents(Path(folder), weights_sha256(vae), config.data.image_size)
+            found = latents.open_latents(
+                folder,
+                vae_sha256=weights_sha256(vae),
+                image_size=config.data.image_size,
+                crop=config.data.crop,
+                flip=config.data.flip,
+                encode_crops=config.data.encode_crops,
+                remote=config.data.remote,
+            )
             check_labels(folder, found, config.conditioning.num_classes)
         described.append(found)
-    return described[0]
+    with blame("data.train_latents"):
+        return latents.merge_descriptions(described, config.data.weights or (1.0,))
 
 
 def check_labels(folder: str, described: dict[str, Any], num_classes: int) -> None:

@@ -28,18 +28,18 @@ LAYERS = {
     "L1 parts": """
         pipeline
         pipeline.data pipeline.data.draws pipeline.data.tar pipeline.data.store pipeline.data.cache pipeline.data.remote
-        pipeline.data.index pipeline.data.order pipeline.data.images pipeline.data.latents pipeline.data.quarantine
-        pipeline.data.pieces pipeline.data.dataset pipeline.data.online
-        pipeline.data.emoji pipeline.data.tables pipeline.data.sources
+        pipeline.data.index pipeline.data.order pipeline.data.images pipeline.data.latents pipeline.data.latent_set
+        pipeline.data.sequential pipeline.data.quarantine pipeline.data.pieces pipeline.data.dataset
+        pipeline.data.online pipeline.data.emoji pipeline.data.tables pipeline.data.sources
         pipeline.data.preview pipeline.data.processes pipeline.data.prepare pipeline.data.bad_samples
         pipeline.diffusion pipeline.diffusion.schedule pipeline.diffusion.process pipeline.diffusion.objectives
-        pipeline.class_conditional pipeline.conditioning pipeline.unet pipeline.ema pipeline.optim
+        pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.unet pipeline.ema pipeline.optim
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
         pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.scores
     """,
     "L2 running": """
         pipeline.engine pipeline.checkpoint pipeline.tracking pipeline.run_folder pipeline.program
-        pipeline.training pipeline.sampler
+        pipeline.training pipeline.sampler pipeline.locks pipeline.encoder pipeline.encoding
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.encode pipeline.train pipeline.export

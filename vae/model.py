@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from vae.config import VaeModelConfig
 
@@ -64,13 +66,20 @@ def load(path: str | Path, *, revision: str | None = None) -> AutoencoderKL:
 
 
 def weights_sha256(vae: AutoencoderKL) -> str:
-    """SHA-256 over the sorted names, dtypes, shapes and bytes of the weights, as fp32 on the CPU.
+    """SHA-256 of the weights alone: config.json, and so `scaling_factor`, has no part in it.
 
-    The same on any device and from any file format; config.json, and so `scaling_factor`, has no part in it.
     Weights that were rounded to half precision are other weights.
     """
+    return state_sha256(vae.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the sorted names, dtypes, shapes and bytes of the tensors, as fp32 on the CPU.
+
+    The same on any device and from any file format.
+    """
     digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
+    for name, weight in sorted(state.items()):
         array = weight.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
         digest.update(f"{name}\n{array.dtype.name}\n{list(array.shape)}\n".encode())
         digest.update(array.tobytes())

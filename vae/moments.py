@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,13 +100,13 @@ class MomentStatistics:
     @property
     def channel_mean(self) -> list[float]:
         """Mean of z in each channel.  ValueError: nothing was measured."""
-        self._refuse_empty()
+        self.refuse_empty()
         return (self.sum_z / self.count).tolist()
 
     @property
     def channel_std(self) -> list[float]:
         """Standard deviation of z in each channel, the posterior's own included.  ValueError: nothing was measured."""
-        self._refuse_empty()
+        self.refuse_empty()
         variance = self.sum_z_squared / self.count - (self.sum_z / self.count).square()
         return variance.clamp(min=0).sqrt().tolist()
 
@@ -116,14 +117,9 @@ class MomentStatistics:
         The deviation is about the common mean, which the record keeps and no one subtracts.  ValueError: nothing
         was measured, or z does not vary.
         """
-        self._refuse_empty()
+        self.refuse_empty()
         num_elements = self.count * self.num_channels
-        mean = float(self.sum_z.sum()) / num_elements
-        mean_square = float(self.sum_z_squared.sum()) / num_elements
-        variance = mean_square - mean**2
-        if variance <= 1e-12 * mean_square:  # what cancellation leaves of a constant is no variance
-            raise ValueError(f"the latents have no variance (all {num_elements} elements are {mean:g})")
-        return LatentScale(scale=variance**-0.5)
+        return _scale_of(float(self.sum_z.sum()) / num_elements, float(self.sum_z_squared.sum()) / num_elements)
 
     def to_dict(self) -> dict[str, Any]:
         """The sums, for JSON; `from_dict` gives the same bits back."""
@@ -145,6 +141,36 @@ class MomentStatistics:
             raise ValueError(f"latent statistics that are no finite sums per channel came: {record}")
         return statistics
 
-    def _refuse_empty(self) -> None:
+    def refuse_empty(self) -> None:
+        """ValueError: nothing was measured."""
         if self.count == 0:
             raise ValueError("the latent statistics are empty: no moments were measured")
+
+
+def mixed_scale(statistics: Sequence[MomentStatistics], weights: Sequence[float]) -> LatentScale:
+    """The scale of latents drawn from several sets, from each with a probability in proportion to its weight.
+
+    The moments of a mixture are the weighted means of its parts': E[z] = Σ wᵢ Eᵢ[z] / Σ wᵢ, and so E[z²].  One set
+    keeps its own scale, to the last digit.  ValueError: as `latent_scale`, or the sets don't fit one another.
+    """
+    if len(statistics) != len(weights) or not statistics:
+        raise ValueError(f"{len(statistics)} sets and {len(weights)} weights came, as many of each are wanted")
+    if len(statistics) == 1:
+        return statistics[0].latent_scale
+    if len({each.num_channels for each in statistics}) != 1:
+        raise ValueError(f"latents of {[each.num_channels for each in statistics]} channels came, one number is wanted")
+    mean = mean_square = 0.0
+    for each, weight in zip(statistics, weights, strict=True):
+        each.refuse_empty()
+        share = weight / sum(weights) / (each.count * each.num_channels)
+        mean += share * float(each.sum_z.sum())
+        mean_square += share * float(each.sum_z_squared.sum())
+    return _scale_of(mean, mean_square)
+
+
+def _scale_of(mean: float, mean_square: float) -> LatentScale:
+    """1 / standard deviation, from E[z] and E[z²] over all elements."""
+    variance = mean_square - mean**2
+    if variance <= 1e-12 * mean_square:  # what cancellation leaves of a constant is no variance
+        raise ValueError(f"the latents have no variance (all elements are {mean:g})")
+    return LatentScale(scale=variance**-0.5)

@@ -21,7 +21,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline import files
 from pipeline.data import images, latents
 from pipeline.data.index import BAD_SAMPLES
-from pipeline.data.pieces import Parts, class_label, image_part
+from pipeline.data.pieces import Parts, caption, class_label, image_part
 from pipeline.data.processes import in_order
 from pipeline.errors import RunError
 
@@ -105,7 +105,7 @@ def what_is_wrong(parts: Parts) -> str:
         if "cls" in parts:
             class_label(parts)
         if "txt" in parts:
-            _check_caption(parts["txt"])
+            caption(parts)
     except ValueError as error:
         return str(error)
     return ""
@@ -127,10 +127,3 @@ def _samples(path: Path) -> Iterator[tuple[str, Parts]]:
         for sample in group_by_keys(tar_file_expander(opened)):
             names = sorted(name for name in sample if not name.startswith("__"))
             yield sample["__key__"], {name: sample[name] for name in names}
-
-
-def _check_caption(data: bytes) -> None:
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f".txt is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,20 +42,29 @@ def decode(data: bytes, size: int, *, along: float | None = None, mirrored: bool
     image or has over 64 megapixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}×{image.height} pixels came, at most {MAX_PIXELS:,} are read")
-                square = np.asarray(_square(image, size, along))
-                return np.ascontiguousarray(square[:, ::-1]) if mirrored else square
+        with quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels came, at most {MAX_PIXELS:,} are read")
+            square = np.asarray(_square(image, size, along))
+            return np.ascontiguousarray(square[:, ::-1]) if mirrored else square
     except MemoryError:  # the machine's fault, not the image's
         raise
     except Exception as error:  # torn bytes make Pillow raise OSError, SyntaxError, struct.error and many more
         # Pillow names the object that it could not identify, with an address that is another in each run.
         told = "none of these" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise ValueError(f"not a readable {', '.join(FORMATS)} image: {told}") from None
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Pillow's remarks on odd metadata are not shown, and a picture of too many pixels is an error.
+
+    Warnings are set for the whole process: threads that decode at once want this around them all.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:

@@ -82,6 +82,15 @@ def build_index(
     _publish(folder, found, source)
 
 
+def note_shard(aside: Path, path: Path) -> None:
+    """Index a shard that was written to `aside` and will be renamed to `path`, so that build_index need not read it.
+
+    For who writes the shard and knows that nobody else does.  Raises BadShardError.
+    """
+    index = scan(aside, whole=True)
+    index.save(_sidecar(path), aside.stat().st_mtime_ns)
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -277,6 +286,10 @@ class ShardSet:
                     if len(parts[part]) != size:
                         raise OSError(f"{self.path(shard)}: {size} bytes wanted at {offset}: short read")
         return index.keys[row], parts
+
+    def sha256(self, shard: int) -> str:
+        """Of the whole tar as it was indexed, in hex."""
+        return self._entries[shard]["sha256"]
 
     def key(self, shard: int, row: int) -> str:
         """A sample's key."""

@@ -1,10 +1,12 @@
-"""Latent shards: posterior moments, and where they came from."""
+"""Latent shards: posterior moments of each view of an image, and where they came from."""
 
 from __future__ import annotations
 
 import io
 import math
 import struct
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import files
+from pipeline.config import RemoteConfig
+from pipeline.data.index import ShardSet
+from pipeline.data.store import Store, is_url
 from pipeline.errors import UsageError
 
-PART = "moments.npy"  # WebDataset part name: fp16 [2C,h,w], mean over logvar
+PART = "moments.npy"  # WebDataset part name: fp16 [2C,h,w], mean over logvar, of the first view
+TEXT_PART = "text.npy"  # fp16 [L,D], the caption's embedding
+DESCRIPTION = "dataset.json"
 FORMAT = 1
 HEADER_BYTES = struct.Struct("<H")  # of an .npy 1.0, at its ninth byte: the length of the rest of its header
 INFINITY, MINUS_INFINITY = 0x7C00, 0xFC00  # as bits of fp16
@@ -24,38 +31,86 @@ INFINITY, MINUS_INFINITY = 0x7C00, 0xFC00  # as bits of fp16
 
 def moments_to_bytes(moments: NDArray[Any]) -> bytes:
     """[2C,h,w] → the bytes of an fp16 .npy.  Raises ValueError where a value is not finite in fp16."""
+    return _half_to_bytes(moments, "the moments are")
+
+
+def moments_from_bytes(data: bytes) -> NDArray[np.float16]:
+    """The bytes of an fp16 .npy → [2C,h,w], a view of them.  Raises ValueError; runs no pickle."""
+    return _half_from_bytes(data, "[2C,h,w]", "the moments are")
+
+
+def text_to_bytes(embedding: NDArray[Any]) -> bytes:
+    """[L,D] → the bytes of an fp16 .npy.  Raises ValueError where a value is not finite in fp16."""
+    return _half_to_bytes(embedding, "the caption's embedding is")
+
+
+def text_from_bytes(data: bytes) -> NDArray[np.float16]:
+    """The bytes of an fp16 .npy → [L,D], a view of them.  Raises ValueError; runs no pickle."""
+    return _half_from_bytes(data, "[L,D]", "the caption's embedding is")
+
+
+def _half_to_bytes(array: NDArray[Any], what: str) -> bytes:
     with np.errstate(over="ignore"):
-        half = np.ascontiguousarray(moments, dtype=np.float16)
+        half = np.ascontiguousarray(array, dtype=np.float16)
     if not np.isfinite(half).all():
-        raise ValueError("the moments are not finite in fp16")
+        raise ValueError(f"{what} not finite in fp16")
     buffer = io.BytesIO()
     np.save(buffer, half, allow_pickle=False)
     return buffer.getvalue()
 
 
-def moments_from_bytes(data: bytes) -> NDArray[np.float16]:
-    """The bytes of an fp16 .npy → [2C,h,w], a view of them.  Raises ValueError; runs no pickle."""
-    begin, shape, order = _header(data[: HEADER_BYTES.unpack_from(data, 8)[0] + 10 if len(data) >= 10 else 0])
+def _half_from_bytes(data: bytes, wanted: str, what: str) -> NDArray[np.float16]:
+    head = data[: HEADER_BYTES.unpack_from(data, 8)[0] + 10 if len(data) >= 10 else 0]
+    begin, shape, order = _header(head, wanted)
     if len(data) - begin != 2 * math.prod(shape):
-        raise ValueError(f"{len(data) - begin} bytes of moments came, {2 * math.prod(shape)} for {list(shape)} wanted")
+        raise ValueError(f"{len(data) - begin} bytes came, {2 * math.prod(shape)} for {list(shape)} were wanted")
     bits = np.frombuffer(data, np.int16, offset=begin)
     # Infinity is the first of the bit patterns that are not finite, among positive numbers (in signed order) and among
     # negative ones (in unsigned order): isfinite is ten times as slow on fp16.
     if bits.size and (np.maximum.reduce(bits) >= INFINITY or np.maximum.reduce(bits.view(np.uint16)) >= MINUS_INFINITY):
-        raise ValueError("the moments are not finite")
+        raise ValueError(f"{what} not finite")
     return bits.view(np.float16).reshape(shape, order=order)
 
 
 @lru_cache(maxsize=16)
-def _header(head: bytes) -> tuple[int, tuple[int, ...], Literal["C", "F"]]:
+def _header(head: bytes, wanted: str) -> tuple[int, tuple[int, ...], Literal["C", "F"]]:
     """Where the numbers of an .npy begin, their shape and order, from its first bytes; a set's samples repeat them."""
     file = io.BytesIO(head)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of .npy came, 1.0 was wanted")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype != np.float16 or len(shape) != 3 or shape[0] % 2:
-        raise ValueError(f"fp16 [2C,h,w] was wanted, {dtype} {list(shape)} came")
+    fits = len(shape) == wanted.count(",") + 1 and not (wanted.startswith("[2C") and shape[0] % 2)
+    if dtype != np.float16 or not fits:
+        raise ValueError(f"fp16 {wanted} was wanted, {dtype} {list(shape)} came")
     return len(head), shape, "F" if fortran_order else "C"
+
+
+# Views: the squares of an image that encode writes.  The first one is the contract, PART.
+
+
+def view_part(crop: int, flipped: bool) -> str:
+    """The part that holds the moments of a view: the `crop`-th square, from 0, as it is or mirrored."""
+    return "moments" + (f".crop{crop}" if crop else "") + (".flip" if flipped else "") + ".npy"
+
+
+def view_parts(num_crops: int, flip: bool) -> list[str]:
+    """The parts of all views, the first one first."""
+    return [view_part(crop, flipped) for crop in range(num_crops) for flipped in ((False, True) if flip else (False,))]
+
+
+def view_of(u_crop: float, u_flip: float, *, num_crops: int, flip: bool) -> str:
+    """The part that a sample with these two draws in [0, 1) reads."""
+    return view_part(int(u_crop * num_crops), flip and u_flip < 0.5)
+
+
+def places(num_crops: int) -> list[float | None]:
+    """Where `images.decode` cuts each square: evenly spaced along the longer side; a single one in the centre."""
+    return [None] if num_crops == 1 else [(crop + 0.5) / num_crops for crop in range(num_crops)]
+
+
+def crop_name(num_crops: int) -> str:
+    """How `Origin.crop` says where the squares were cut."""
+    return "centre" if num_crops == 1 else f"random of {num_crops}"
 
 
 @dataclass(frozen=True)
@@ -64,26 +119,43 @@ class Origin:
 
     vae_sha256: str
     image_size: int  # pixels
-    crop: str
-    flip: bool
+    crop: str  # see crop_name
+    flip: bool  # whether each square was encoded mirrored, too
     precision: str
     batch_images: int  # the last digits of a moment depend on how many images the VAE saw at once
     source_fingerprint: str
+    text_encoder_sha256: str | None = None  # null: no embeddings of captions
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """A set's `dataset.json`.  Raises UsageError where it is missing or broken."""
+def describe(location: str | Path, remote: RemoteConfig | None = None) -> dict[str, Any]:
+    """A set's `dataset.json`, in a folder or at a URL.  Raises UsageError where it is missing or broken."""
     try:
-        return files.read_json(folder / "dataset.json")
+        if is_url(str(location)):
+            return files.as_object(Store(str(location), remote or RemoteConfig()).read(DESCRIPTION), DESCRIPTION)
+        return files.read_json(Path(location) / DESCRIPTION)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: no readable dataset.json ({error})") from None
+        raise UsageError(f"{location}: no readable {DESCRIPTION} ({error})") from None
 
 
-def open_latents(folder: Path, vae_sha256: str, image_size: int) -> dict[str, Any]:
-    """A latent set's `dataset.json`, once it is found complete and made by this VAE at this size (law: refuse)."""
-    if not folder.is_dir():
+def open_latents(
+    location: str | Path,
+    *,
+    vae_sha256: str,
+    image_size: int,
+    crop: str,
+    flip: bool,
+    encode_crops: int,
+    remote: RemoteConfig | None = None,
+) -> dict[str, Any]:
+    """A latent set's `dataset.json`, once it is found complete, made by this VAE, at this size and in these views.
+
+    `location`: a folder or a URL; `crop`, `flip`, `encode_crops`: as DataConfig says; a held-out set has one centre
+    view.  Raises UsageError.
+    """
+    folder = str(location)
+    if not is_url(folder) and not Path(folder).is_dir():
         raise UsageError(f"{folder}: no such folder of latents; run encode with this config first")
-    said = describe(folder)
+    said = describe(location, remote)
     if said.get("kind") != "latents" or said.get("format") != FORMAT:
         raise UsageError(
             f"{folder}: {said.get('kind')!r} of format {said.get('format')!r} came, latents of format {FORMAT} wanted"
@@ -100,10 +172,20 @@ def open_latents(folder: Path, vae_sha256: str, image_size: int) -> dict[str, An
         raise UsageError(
             f"{folder}: these latents were made from {origin['image_size']} px images, data.image_size is {image_size}"
         )
-    indexed = files.read_json(folder / "index" / "manifest.json")["fingerprint"]
-    if indexed != said["fingerprint"]:
+    wanted = crop_name(encode_crops if crop == "random" else 1)
+    if (origin["crop"], origin["flip"]) != (wanted, flip):
+        raise UsageError(
+            f"{folder}: these latents are of squares cut {origin['crop']!r}, {_mirrored(origin['flip'])}; data.crop, "
+            f"data.encode_crops and data.flip ask for {wanted!r}, {_mirrored(flip)}; encode again into another folder, "
+            "or set them as they were"
+        )
+    if ShardSet(folder, open_shards=1, remote=remote).fingerprint != said["fingerprint"]:
         raise UsageError(f"{folder}: its shards are not those that encode wrote; restore them, or remove it and encode")
     return said
+
+
+def _mirrored(flip: bool) -> str:
+    return "as they are and mirrored" if flip else "never mirrored"
 
 
 def check_same_origin(folder: Path, said: dict[str, Any], origin: Origin) -> None:
@@ -113,3 +195,29 @@ def check_same_origin(folder: Path, said: dict[str, Any], origin: Origin) -> Non
     if said.get("kind") != "latents" or differing:
         told = "; ".join(f"{name} was {was.get(name)!r}, now {asdict(origin)[name]!r}" for name in differing)
         raise UsageError(f"{folder}: holds something else ({told}); choose another folder or remove this one")
+
+
+def merge_descriptions(described: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[str, Any]:
+    """What the `dataset.json` of several sets, mixed by weight, say together: `scale`, `shift`, `origin`,
+    `num_samples`, `label_counts`.  One set keeps its own, to the last digit.
+
+    Of their origins only what all agree on is kept, and one fingerprint of all sources.  Raises ValueError.
+    """
+    if len(described) == 1:
+        return {name: described[0][name] for name in ("scale", "shift", "origin", "num_samples", "label_counts")}
+    from vae.moments import MomentStatistics, mixed_scale  # takes diffusers with it, which `index` can do without
+
+    measured = mixed_scale([MomentStatistics.from_dict(said["statistics"]) for said in described], weights)
+    origins = [said["origin"] for said in described]
+    agreed = {name: value for name, value in origins[0].items() if all(origin.get(name) == value for origin in origins)}
+    sources = files.fingerprint([origin["source_fingerprint"] for origin in origins])
+    labels: Counter[str] = Counter()
+    for said in described:
+        labels.update(said["label_counts"])
+    return {
+        "scale": measured.scale,
+        "shift": measured.shift,
+        "origin": {**agreed, "source_fingerprint": sources},
+        "num_samples": sum(said["num_samples"] for said in described),
+        "label_counts": {label: labels[label] for label in sorted(labels, key=int)},
+    }

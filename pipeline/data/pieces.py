@@ -41,16 +41,20 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Moments:
-    """`moments` fp16 [2C,h,w] of one of the views that encode wrote."""
+    """`moments` fp16 [2C,h,w] of one of the views that encode wrote, drawn as `Pixels` draws squares."""
 
     seed: int
     latent_shape: tuple[int, int, int]  # (C, h, w)
+    num_crops: int = 1
+    flip: bool = False
 
     def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
-        del position
-        if latents.PART not in parts:
-            raise ValueError(f"no {latents.PART} among its parts {', '.join(sorted(parts))}")
-        moments = latents.moments_from_bytes(parts[latents.PART])
+        u_crop = draws.uniform(self.seed, Purpose.CROP, position) if self.num_crops > 1 else 0.0
+        u_flip = draws.uniform(self.seed, Purpose.FLIP, position) if self.flip else 1.0
+        part = latents.view_of(u_crop, u_flip, num_crops=self.num_crops, flip=self.flip)
+        if part not in parts:
+            raise ValueError(f"no {part} among its parts {', '.join(sorted(parts))}")
+        moments = latents.moments_from_bytes(parts[part])
         wanted = (2 * self.latent_shape[0], *self.latent_shape[1:])
         if moments.shape != wanted:
             raise ValueError(f"moments of shape {list(moments.shape)} came, {list(wanted)} was wanted")
@@ -124,3 +128,13 @@ def class_label(parts: Parts) -> int:
     if label < 0:
         raise ValueError(f"class id {label} came, 0 or more was wanted")
     return label
+
+
+def caption(parts: Parts) -> str:
+    """The text in `.txt`.  Raises ValueError where it is missing or not UTF-8."""
+    if "txt" not in parts:
+        raise ValueError("no .txt part")
+    try:
+        return parts["txt"].decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f".txt is not UTF-8: {error.reason} at byte {error.start}") from None

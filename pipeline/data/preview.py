@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,10 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline import files
-from pipeline.data import images
+from pipeline.data import images, latents
 from pipeline.data.index import ShardSet
 
 NUM_IMAGES, NUM_COLUMNS = 48, 8
+NUM_LATENTS, BATCH_LATENTS = 16, 4  # decoding takes its time, and at 512 pixels some GiB an image
 # All in pixels.
 TILE, MARGIN, GAP, TEXT_GAP, TEXT_SIZE, LINE = 144, 24, 16, 8, 14, 18
 MAX_LINES = 3  # of a caption
@@ -25,18 +28,47 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 def write_preview(folder: Path, size: int) -> None:
     """FOLDER/preview.png: the first images of an indexed set, `size` pixels each, as they lie in its shards."""
-    shards = ShardSet(folder, open_shards=1)
-    places = ((shard, row) for shard, count in enumerate(shards.counts) for row in range(count))
-    scale = max(1, TILE // size)  # small pixels are shown as they are, unsmoothed
     cells: list[tuple[NDArray[np.uint8], str]] = []
-    for (shard, row), _ in zip(places, range(NUM_IMAGES), strict=False):
-        _, parts = shards.read(shard, row)
+    for parts in _first(folder, NUM_IMAGES):
         picture = next(data for part, data in parts.items() if part in images.PARTS)
-        said = [parts[part].decode() for part in ("cls", "txt") if part in parts]
-        pixels = images.decode(picture, min(size, TILE)).repeat(scale, axis=0).repeat(scale, axis=1)
-        cells.append((pixels, ": ".join(said)))
+        cells.append((_enlarged(images.decode(picture, min(size, TILE))), _told(parts)))
     with files.whole(folder / "preview.png") as aside:
         contact_sheet(cells).save(aside, format="PNG")
+
+
+def write_latents_preview(
+    folder: Path, decode: Callable[[NDArray[np.float32]], NDArray[np.uint8]], writer: int = 0
+) -> None:
+    """FOLDER/preview.png: what the autoencoder makes of the first latents of an indexed set.
+
+    `decode`: means float32 [B,C,h,w] → images uint8 [B,H,W,3].
+    """
+    cells: list[tuple[NDArray[np.uint8], str]] = []
+    first = _first(folder, NUM_LATENTS)
+    while some := list(islice(first, BATCH_LATENTS)):
+        moments = np.stack([latents.moments_from_bytes(parts[latents.PART]) for parts in some])  # [B,2C,h,w]
+        decoded = decode(moments[:, : moments.shape[1] // 2].astype(np.float32))
+        cells += [(_enlarged(pixels), _told(parts)) for pixels, parts in zip(decoded, some, strict=True)]
+    with files.whole(folder / "preview.png", writer) as aside:
+        contact_sheet(cells).save(aside, format="PNG")
+
+
+def _first(folder: Path, limit: int) -> Iterator[dict[str, bytes]]:
+    """The parts of the first samples of a set."""
+    shards = ShardSet(folder, open_shards=1)
+    places = ((shard, row) for shard, count in enumerate(shards.counts) for row in range(count))
+    for (shard, row), _ in zip(places, range(limit), strict=False):
+        yield shards.read(shard, row)[1]
+
+
+def _told(parts: dict[str, bytes]) -> str:
+    return ": ".join(parts[part].decode() for part in ("cls", "txt") if part in parts)
+
+
+def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Small pixels are shown as they are, unsmoothed."""
+    scale = max(1, TILE // len(pixels))
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def contact_sheet(cells: list[tuple[NDArray[np.uint8], str]]) -> Image.Image:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
+from pipeline import files
 from pipeline.config import RemoteConfig
 from pipeline.data.cache import Cache
 from pipeline.data.store import Store
@@ -28,14 +28,11 @@ class RemoteShards:
     def manifest(self) -> dict[str, Any]:
         """The one that was uploaded with the shards.  Raises UsageError where there is none, RunError as Store does."""
         try:
-            value: object = json.loads(self.store.read(MANIFEST))
+            return files.as_object(self.store.read(MANIFEST), self.store.where(MANIFEST))
         except UsageError as error:
             raise UsageError(f"{error}; {AGAIN}") from None
         except ValueError as error:
-            raise UsageError(f"{self.store.where(MANIFEST)}: not JSON ({error}); {AGAIN}") from None
-        if not isinstance(value, dict):
-            raise UsageError(f"{self.store.where(MANIFEST)}: {type(value).__name__} came, a JSON object was wanted")
-        return cast(dict[str, Any], value)
+            raise UsageError(f"{self.store.where(MANIFEST)}: not a JSON object ({error}); {AGAIN}") from None
 
     def check(self, entries: list[dict[str, Any]]) -> None:
         """Raise UsageError where an entry can't be used: names and hashes from afar become parts of URLs and paths."""

@@ -1,7 +1,8 @@
-"""Moments survive the disk as fp16 or are refused; a latent set made for another VAE, size or source is refused."""
+"""Moments survive the disk as fp16 or are refused; latents of another VAE, size, view or source are refused."""
 
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import pytest
 
 from pipeline import files
 from pipeline.data import latents
-from pipeline.data.latents import FORMAT, Origin, check_same_origin, describe, moments_from_bytes, moments_to_bytes
+from pipeline.data.index import build_index
+from pipeline.data.latents import (
+    FORMAT,
+    PART,
+    Origin,
+    check_same_origin,
+    describe,
+    moments_from_bytes,
+    moments_to_bytes,
+)
 from pipeline.errors import UsageError
 
 ORIGIN = Origin(
@@ -39,8 +49,9 @@ def npy(array: Any) -> bytes:
     return buffer.getvalue()
 
 
-def open_latents(folder: Path, vae: str = "a" * 64, size: int = 32) -> dict[str, Any]:
-    return latents.open_latents(folder, vae, size)
+def open_latents(folder: Path, **other: Any) -> dict[str, Any]:
+    fitting = {"vae_sha256": "a" * 64, "image_size": 32, "crop": "centre", "flip": False, "encode_crops": 1}
+    return latents.open_latents(folder, **(fitting | other))
 
 
 def test_moments_survive_as_fp16() -> None:
@@ -126,9 +137,13 @@ def test_the_wanted_and_the_given_are_named() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, write_tar: Callable[..., Path]) -> Path:
+    """A set of one shard, indexed, that SAID describes."""
+    write_tar(tmp_path / "set" / "0.tar", [{"__key__": "a", PART: npy(np.zeros((2, 1, 1), np.float16))}])
+    build_index(tmp_path / "set")
+    manifest = tmp_path / "set" / "index" / "manifest.json"
+    files.write_json(manifest, files.read_json(manifest) | {"fingerprint": SAID["fingerprint"]})
     files.write_json(tmp_path / "set" / "dataset.json", SAID)
-    files.write_json(tmp_path / "set" / "index" / "manifest.json", {"fingerprint": SAID["fingerprint"]})
     return tmp_path / "set"
 
 
@@ -137,19 +152,118 @@ def test_a_fitting_set_opens(folder: Path) -> None:
 
 
 def test_other_shards_than_encode_wrote_are_refused(folder: Path) -> None:
-    files.write_json(folder / "index" / "manifest.json", {"fingerprint": "another"})
+    manifest = folder / "index" / "manifest.json"
+    files.write_json(manifest, files.read_json(manifest) | {"fingerprint": "another"})
     with pytest.raises(UsageError, match="not those that encode wrote"):
         open_latents(folder)
 
 
 def test_another_vae_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"made by the VAE aaaaaaaaaaaa, vae\.path names the VAE bbbbbbbbbbbb"):
-        open_latents(folder, vae="b" * 64)
+        open_latents(folder, vae_sha256="b" * 64)
 
 
 def test_another_size_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"made from 32 px images, data\.image_size is 64"):
-        open_latents(folder, size=64)
+        open_latents(folder, image_size=64)
+
+
+VIEWS = {
+    "centre": {},
+    "one drawn square": {"crop": "random", "encode_crops": 1},
+    "mirrored": {"flip": True},
+    "squares": {"crop": "random", "encode_crops": 3},
+    "other squares": {"crop": "random", "encode_crops": 2},
+    "all": {"crop": "random", "encode_crops": 3, "flip": True},
+}
+
+
+@pytest.mark.parametrize("written", VIEWS.values(), ids=VIEWS.keys())
+@pytest.mark.parametrize("asked", VIEWS.values(), ids=VIEWS.keys())
+def test_other_views_are_refused(folder: Path, written: dict[str, Any], asked: dict[str, Any]) -> None:
+    num_crops, flip = written.get("encode_crops", 1), written.get("flip", False)
+    origin = replace(ORIGIN, crop=latents.crop_name(num_crops), flip=flip)
+    files.write_json(folder / "dataset.json", SAID | {"origin": asdict(origin)})
+    if (asked.get("encode_crops", 1), asked.get("flip", False)) == (num_crops, flip):
+        open_latents(folder, **asked)
+    else:
+        with pytest.raises(UsageError, match=rf"these latents are of squares cut {origin.crop!r}.*data\.flip ask for"):
+            open_latents(folder, **asked)
+
+
+def test_the_first_view_is_the_contract() -> None:
+    assert latents.view_parts(1, False) == [latents.PART] == ["moments.npy"]
+    assert latents.view_parts(2, True) == [
+        "moments.npy",
+        "moments.flip.npy",
+        "moments.crop1.npy",
+        "moments.crop1.flip.npy",
+    ]
+    assert len(set(latents.view_parts(11, True))) == 22
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("num_crops", [1, 2, 3, 7])
+def test_draws_choose_every_view_as_often(num_crops: int, flip: bool) -> None:
+    grid = [(i + 0.5) / 84 for i in range(84)]
+    drawn = [latents.view_of(u, v, num_crops=num_crops, flip=flip) for u in grid for v in grid]
+    views = latents.view_parts(num_crops, flip)
+    assert {part: drawn.count(part) for part in views} == dict.fromkeys(views, 84 * 84 // len(views))
+    last = np.nextafter(1.0, 0.0)
+    assert latents.view_of(last, last, num_crops=num_crops, flip=flip) == latents.view_part(num_crops - 1, False)
+
+
+def test_squares_are_evenly_spaced() -> None:
+    assert latents.places(1) == [None]
+    assert latents.places(2) == [0.25, 0.75]
+    assert latents.places(5) == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+
+
+def test_text_survives_as_fp16() -> None:
+    embedding = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    read = latents.text_from_bytes(latents.text_to_bytes(embedding))
+    assert read.dtype == np.float16 and np.array_equal(read, embedding.astype(np.float16))
+    for wrong in (np.full((7, 5), 1e9), np.full((7, 5), np.nan)):
+        with pytest.raises(ValueError, match="the caption's embedding is not finite in fp16"):
+            latents.text_to_bytes(wrong)
+    for data in (npy(np.zeros((7, 5), dtype=np.float32)), WHOLE, b"", npy(np.full((7, 5), np.inf, dtype=np.float16))):
+        with pytest.raises(ValueError):
+            latents.text_from_bytes(data)
+
+
+def described(mean: float, deviation: float, count: int, source: str) -> dict[str, Any]:
+    """A set whose latents of one channel are mean ± deviation, half of each."""
+    statistics = {
+        "count": count,
+        "sum_z": [mean * count],
+        "sum_z_squared": [(mean**2 + deviation**2) * count],
+    }
+    origin = asdict(replace(ORIGIN, source_fingerprint=source))
+    return {
+        "scale": 1 / deviation,
+        "shift": 0.0,
+        "origin": origin,
+        "num_samples": count,
+        "label_counts": {"2": count},
+        "statistics": statistics,
+    }
+
+
+def test_one_set_keeps_its_own_scale() -> None:
+    one = described(0.3, 1 / 3, 10, "one")
+    merged = latents.merge_descriptions([one], (1.0,))
+    assert merged == {name: value for name, value in one.items() if name != "statistics"}
+
+
+def test_mixed_sets_have_one_scale() -> None:
+    """A mixture's variance: the mean of the variances, and the variance of the means."""
+    merged = latents.merge_descriptions([described(1.0, 2.0, 10, "one"), described(-3.0, 1.0, 90, "two")], (3.0, 1.0))
+    mean = 0.75 * 1 + 0.25 * -3
+    variance = 0.75 * (4 + (1 - mean) ** 2) + 0.25 * (1 + (-3 - mean) ** 2)
+    assert merged["scale"] == pytest.approx(variance**-0.5, rel=1e-12) and merged["shift"] == 0
+    assert (merged["num_samples"], merged["label_counts"]) == (100, {"2": 100})
+    assert merged["origin"]["vae_sha256"] == ORIGIN.vae_sha256
+    assert merged["origin"]["source_fingerprint"] not in ("one", "two")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +308,7 @@ OTHER: dict[str, Any] = {
     "precision": "bf16",
     "batch_images": 32,
     "source_fingerprint": "0" * 64,
+    "text_encoder_sha256": "c" * 64,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -13,12 +14,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from image_sets import write_set
 from world import World, losses
 
 from pipeline import checkpoint
 
 KILLS = int(os.environ.get("KILLS", "10"))  # per case; the same test with more of them is the long run
 STEPS = 24
+START_S = 0.3  # for another rank to join
 
 
 def kill(ranks: list[BaseProcess]) -> None:
@@ -104,21 +107,34 @@ def test_a_run_folder_is_written_by_one_process(world: World) -> None:
 
 
 def test_encode_killed_goes_on(world: World) -> None:
+    """Of two views of two squares and some samples that can't be read; sometimes two jobs write at once."""
+    faults = ["garbage", "zero bytes", "a label", "no image", "a caption"]
+    shards = [[faults[shard % 5] if row == shard else "" for row in range(40)] for shard in range(7)]
+    source = write_set(world.root / "images", shards)
     straight, killed = world.root / "straight", world.root / "killed"
-    words = ("data.encode_batch_images=4",)
+    words = (f"data.train_images={source}", "data.encode_batch_images=4", "data.flip=true")
+    words += ("data.crop=random", "data.encode_crops=2")
     began = time.monotonic()
     assert world.do("encode", *words, f"data.train_latents={straight}") == [0], world.said()
     whole_run_s = time.monotonic() - began
-    chance = random.Random(0)
-    for _ in range(KILLS):
-        started = world.start("encode", *words, f"data.train_latents={killed}", ranks=1 + chance.randrange(2))
-        time.sleep(chance.uniform(0.1, 0.9) * whole_run_s)
-        kill(started)
+    chance, turn, kills_within = random.Random(0), 0, 0
+    while kills_within < 2 * KILLS:
+        turn += 1
+        assert turn < 8 * KILLS, "too few kills fell into a run"
+        ranks, num_jobs = 1 + chance.randrange(2), 1 + (turn % 4 == 0)
+        jobs = [world.start("encode", *words, f"data.train_latents={killed}", ranks=ranks) for _ in range(num_jobs)]
+        time.sleep(chance.uniform(0.1, 0.7) * whole_run_s + (ranks * num_jobs - 1) * START_S)
+        kill([process for job in jobs for process in job])
+        said = json.loads((killed / "dataset.json").read_text()) if (killed / "dataset.json").exists() else {}
+        if said.get("complete"):
+            shutil.rmtree(killed)
+        elif said:
+            kills_within += 1
     assert world.do("encode", *words, f"data.train_latents={killed}") == [0], world.said()
-    assert (straight / "dataset.json").read_bytes() == (killed / "dataset.json").read_bytes()
     names = sorted(p.relative_to(straight) for p in straight.rglob("*") if p.is_file() and p.name != "status.json")
     assert names == sorted(p.relative_to(killed) for p in killed.rglob("*") if p.is_file() and p.name != "status.json")
     assert [n for n in names if (straight / n).read_bytes() != (killed / n).read_bytes()] == []
+    assert len((killed / "quarantine.jsonl").read_text().splitlines()) == len(shards)
 
 
 def test_a_full_disk_loses_nothing(world: World) -> None:

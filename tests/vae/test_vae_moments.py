@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vae.config import VaeModelConfig
 from vae.model import build
-from vae.moments import LatentScale, MomentStatistics, encode_moments, sample_posterior
+from vae.moments import LatentScale, MomentStatistics, encode_moments, mixed_scale, sample_posterior
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -186,3 +186,29 @@ def test_broken_records_are_refused(record: dict[str, object]) -> None:
 def test_impossible_scales_are_refused(scale: float, shift: float) -> None:
     with pytest.raises(ValueError, match="a finite scale > 0"):
         LatentScale(scale, shift)
+
+
+def test_a_mixture_has_the_scale_of_its_draws() -> None:
+    """Each set seen as often as its weight says, whatever its size: as if it were one set."""
+    few, many = draw(2, 4, 3, 3, seed=1), draw(5, 4, 3, 3, seed=2) + 1
+    mixed = mixed_scale([measured(few), measured(many)], (3, 1))
+    as_one = measured(*[few] * 3 * 5, *[many] * 2)  # 30 and 10 images
+    assert mixed.scale == pytest.approx(as_one.latent_scale.scale, rel=1e-12)
+    assert mixed.scale != pytest.approx(measured(few, many).latent_scale.scale, rel=1e-3)
+    assert mixed_scale([measured(few)] * 2, (0.2, 0.8)).scale == pytest.approx(measured(few).latent_scale.scale)
+
+
+def test_one_set_keeps_its_scale_to_the_last_digit() -> None:
+    assert mixed_scale([measured(draw(3, 4, 5, 5))], (0.3,)) == measured(draw(3, 4, 5, 5)).latent_scale
+
+
+def test_sets_that_do_not_mix_are_refused() -> None:
+    two, three = measured(draw(1, 4, 2, 2)), measured(draw(1, 6, 2, 2))
+    for statistics, weights, said in (
+        ([two, three], (1, 1), r"\[2, 3\] channels"),
+        ([two], (1, 1), "1 sets and 2 weights"),
+        ([], (), "0 sets"),
+        ([two, MomentStatistics(2)], (1, 1), "empty"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            mixed_scale(statistics, weights)

@@ -1,0 +1,151 @@
+"""Image samples → the parts of latent samples: read, check, and encode in batches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+
+from pipeline.data import images, latents
+from pipeline.data.pieces import caption, class_label, image_part
+from pipeline.engine import Engine
+from pipeline.text import TextEncoder
+from vae.moments import MomentStatistics, encode_moments
+
+KEPT = frozenset({"cls", "txt", "json"})  # parts of an image sample that its latents keep
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A sample that can be encoded."""
+
+    key: str
+    kept: dict[str, bytes]
+    squares: list[NDArray[np.uint8]]  # [H,W,3] of each crop
+    label: int | None
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The frozen networks, and what is made of each image of a set."""
+
+    engine: Engine
+    vae: AutoencoderKL
+    text: TextEncoder | None  # None: captions are not encoded
+    image_size: int  # pixels
+    num_crops: int  # squares of each image
+    flip: bool  # encode each square mirrored, too
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that every sample gets."""
+        return [*latents.view_parts(self.num_crops, self.flip), *([latents.TEXT_PART] if self.text else [])]
+
+    def read(self, key: str, parts: dict[str, bytes]) -> Ready:
+        """Decode the image, look at label and caption.  Raises ValueError: the sample can't be used."""
+        image = image_part(parts)
+        squares = [images.decode(image, self.image_size, along=along) for along in latents.places(self.num_crops)]
+        return Ready(
+            key,
+            {name: part for name, part in parts.items() if name in KEPT},
+            squares,
+            class_label(parts) if "cls" in parts else None,
+            caption(parts) if "txt" in parts or self.text else None,
+        )
+
+    def encode(self, batch: Sequence[Ready], statistics: MomentStatistics) -> list[dict[str, bytes]]:
+        """The encoded parts of each sample; the moments of all views are added to `statistics`.
+
+        Raises ValueError, naming the keys, where moments or embeddings are not finite: a fault of the network.
+        """
+        found: list[dict[str, bytes]] = [{} for _ in batch]
+        for crop in range(self.num_crops):
+            x = torch.from_numpy(images.to_unit(np.stack([sample.squares[crop] for sample in batch])))
+            x = x.to(self.engine.device)  # [B,3,H,W]
+            for flipped in (False, True) if self.flip else (False,):
+                with torch.no_grad(), self.engine.accelerator.autocast():
+                    moments = encode_moments(self.vae, x.flip(3) if flipped else x).float().cpu()  # [B,2C,h,w]
+                _add(found, batch, latents.view_part(crop, flipped), moments.numpy(), latents.moments_to_bytes)
+                statistics.update(moments)
+        if self.text:
+            embeddings = self.text.encode([sample.caption or "" for sample in batch]).cpu()  # [B,L,D]
+            _add(found, batch, latents.TEXT_PART, embeddings.numpy(), latents.text_to_bytes)
+        return found
+
+    def num_truncated(self, batch: Sequence[Ready]) -> int:
+        """How many captions are longer than the text encoder reads."""
+        return self.text.num_truncated([sample.caption or "" for sample in batch]) if self.text else 0
+
+    def decode(self, mean: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """What the VAE makes of latents: [B,C,h,w] → images uint8 [B,H,W,3]."""
+        vae: Any = self.vae
+        with torch.no_grad():
+            return images.to_pixels(vae.decode(torch.from_numpy(mean).to(self.engine.device)).sample.float().cpu())
+
+
+def _add(
+    found: list[dict[str, bytes]],
+    batch: Sequence[Ready],
+    part: str,
+    arrays: NDArray[Any],
+    to_bytes: Callable[[NDArray[Any]], bytes],
+) -> None:
+    """Give each sample its part."""
+    wrong: list[str] = []
+    reason = ""
+    for sample, parts, array in zip(batch, found, arrays, strict=True):
+        try:
+            parts[part] = to_bytes(array)
+        except ValueError as error:
+            wrong.append(sample.key)
+            reason = str(error)
+    if wrong:
+        others = f" and {len(wrong) - 1} others of {len(batch)} in its batch" if len(wrong) > 1 else ""
+        raise ValueError(f"sample {wrong[0]!r}{others}: {reason}")
+
+
+def read_ahead(
+    samples: Iterable[tuple[str, dict[str, bytes]]],
+    read: Callable[[str, dict[str, bytes]], Ready],
+    *,
+    workers: int,
+    ahead: int,
+) -> Iterator[tuple[str, Ready | ValueError]]:
+    """Key and what was read of each sample, or why it can't be used, in order.
+
+    `workers` threads decode (Pillow lets go of Python's lock), at most `ahead` samples before they are asked for; with
+    none, this thread does.
+    """
+
+    def look(key: str, parts: dict[str, bytes]) -> Ready | ValueError:
+        try:
+            return read(key, parts)
+        except ValueError as error:
+            return error
+
+    if not workers:
+        for key, parts in samples:
+            yield key, look(key, parts)
+        return
+    with images.quiet(), ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[str, Future[Ready | ValueError]]] = deque()
+        try:
+            for key, parts in samples:
+                waiting.append((key, pool.submit(look, key, parts)))
+                if len(waiting) > ahead:
+                    first, looked = waiting.popleft()
+                    yield first, looked.result()
+            while waiting:
+                first, looked = waiting.popleft()
+                yield first, looked.result()
+        finally:
+            for _, looked in waiting:
+                looked.cancel()
