@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus import BAD, GOOD, Touch
 from webdataset.writer import TarWriter
 from world import World, losses
 
 from pipeline import checkpoint
+from pipeline.data import latents
 from pipeline.data.dataset import Samples
 from pipeline.data.index import ShardSet, build_index
 
@@ -149,3 +152,58 @@ def test_a_mix_of_sets_is_the_same_over_ranks_and_resumes(world: World, made: Wo
     assert "data.weights was [3.0, 1.0], now [1.0, 1.0]" in world.said()
     assert world.do("train_vae", *words, "data.weights=null", f"vae.run_dir={world.root / 'no'}") == [2]
     assert "train_images has 2 entries, which want weights: one number for each" in world.said()
+
+
+ROAD = {  # the corpus's images, each with a label of its own or the one here
+    key: {"cls": b"1", **parts}
+    for key, parts in {**GOOD, **{key: parts for key, (parts, _) in BAD.items()}}.items()
+    if latents.PART not in parts
+}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Good and bad images in turn, each with a pickle that would make a file, in three shards and an empty one."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    pkl = pickle.dumps(Touch(tmp_path / "touched"))
+    kinds = [kind for kind in [*ROAD, *GOOD, *GOOD, *ROAD] if kind in ROAD]
+    keys = [f"{i:02d} {kind}" for i, kind in enumerate(kinds)]
+    for shard, of_shard in enumerate((keys[:20], [], keys[20:21], keys[21:])):
+        with (folder / f"{shard}.tar").open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+            for key in of_shard:
+                writer.write({"__key__": key, "pkl": pkl, **ROAD[key[3:]]})
+    build_index(folder)
+    return folder
+
+
+def test_the_whole_corpus_on_the_whole_road(world: World, corpus: Path) -> None:
+    """Encoded, and trained on as images over two epochs: exactly the bad ones are set apart, each with its reason."""
+    shards = ShardSet(corpus, open_shards=9)
+    keys = [shards.key(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
+    bad = {key for key in keys if key[3:] in BAD}
+    assert len(keys) > 30 and len(bad) > 10
+    before = {path.name for path in world.root.iterdir()}
+    out = world.root / "corpus_latents"
+    words = (f"data.train_images={corpus}", "data.validation_images=null", "data.lanes=6")
+    assert world.do("encode", *words, f"data.train_latents={out}", ranks=2) == [0, 0], world.said()
+    assert [row["key"] for row in rows(out)] == [key for key in keys if key in bad]
+    assert all(row["reason"].startswith(BAD[row["key"][3:]][1]) for row in rows(out))
+    assert len(ShardSet(out, open_shards=1)) == len(keys) - len(bad)
+
+    epoch = len(keys) // 6 * 6
+    for name, ranks in (("one", 1), ("two", 2)):
+        run = world.root / name
+        online = (*words, "data.train_latents=null", f"run_dir={run}", "train.global_batch_images=6", "data.workers=1")
+        steps = (f"train.steps={2 * epoch // 6}", "data.online_scale_images=6")
+        assert world.do("train", *online, *steps, ranks=ranks) == [0] * ranks, world.said()
+        samples = Samples([shards], (), seed=3, lanes=6, block=1024)
+        met = [(position, shards.key(*samples.place(position)[1:])) for position in range(2 * epoch)]
+        # A class model does not look at captions.
+        wanted = [(position, key) for position, key in met if key in bad and key[3:] != "latin1"]
+        assert [(row["position"], row["key"]) for row in rows(run)] == wanted
+        assert all(row["reason"].startswith(BAD[row["key"][3:]][1]) for row in rows(run))
+    assert (world.root / "one" / "quarantine.jsonl").read_bytes() == (world.root / "two/quarantine.jsonl").read_bytes()
+    made = {path.name for path in world.root.iterdir()} - before
+    assert made <= {"corpus_latents", "one", "two", "log.txt"}  # no pickle was opened
+    assert "Traceback" not in world.said()

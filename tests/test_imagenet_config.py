@@ -123,11 +123,14 @@ def test_it_runs_on_a_small_set_of_this_shape(imagenet: tuple[Path, Counter[str]
     said = json.loads((latents / "dataset.json").read_text())
     assert (said["complete"], said["num_samples"], Counter(said["label_counts"])) == (True, 40, labels)
     assert (said["origin"]["image_size"], said["origin"]["precision"]) == (256, "bf16")
+    assert (said["origin"]["crop"], said["origin"]["flip"]) == ("centre", True)
+    assert (latents / "preview.png").exists()
     written = ShardSet(latents, open_shards=1)
     assert written.counts == shards.counts
     for row in range(SHARD_SIZES[1]):
         (key, of_image), (of_latent_key, of_latent) = shards.read(1, row), written.read(1, row)
         assert key == of_latent_key and of_image["cls"] == of_latent["cls"] and of_image["json"] == of_latent["json"]
+        assert sorted(of_latent) == ["cls", "json", "moments.flip.npy", "moments.npy"]
 
     assert world.do("train", *small) == [0], world.said()
     assert world.status() == {"state": "done", "step": 2, "reason": None}

@@ -1,29 +1,24 @@
 """Every sample read once, as training reads it: those that it could not use, and why.
 
-Shards are read in order by webdataset's own pipeline, from streams that are opened here.  It is given no URL, since it
-would run the command in a `pipe:` one, and its decoders stay out, since they run pickles.
+Shards are read in order by webdataset's own pipeline; its decoders, which run pickles, stay out.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from tarfile import TarError
-from typing import Any
 
 from tqdm import tqdm
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline import files
 from pipeline.data import images, latents
-from pipeline.data.index import BAD_SAMPLES
+from pipeline.data.index import BAD_SAMPLES, ShardSet
 from pipeline.data.pieces import Parts, caption, class_label, image_part
 from pipeline.data.processes import in_order
-from pipeline.errors import RunError
+from pipeline.data.sequential import read_through
 
 LOOK_SIZE = 64  # pixels that images are scaled to: all of a file is decoded for any
 VALUE = re.compile(r"b?'[^']*'|b?\"[^\"]*\"|(?<![\w-])-?\d[\d,.]*\b")  # quoted, or a number (not that of UTF-8)
@@ -50,27 +45,16 @@ class Kind:
 def find_bad_samples(folder: Path, workers: int) -> list[BadSample]:
     """Read all samples of an indexed folder in `workers` processes; write and give the bad, by shard and key.
 
-    FOLDER/index/bad_samples.jsonl holds one a line, and is not there where all are good.  Raises RunError where a
-    shard can't be read as it was indexed.
+    FOLDER/index/bad_samples.jsonl holds one a line, and is not there where all are good.  Raises UsageError where a
+    shard is not what was indexed, RunError where it can't be read.
     """
-    shards = files.read_json(folder / "index" / "manifest.json")["shards"]
-    names: list[str] = [entry["name"] for entry in shards]
+    counts = ShardSet(folder, open_shards=1).counts
     found: list[BadSample] = []
-    with tqdm(
-        total=sum(entry["samples"] for entry in shards),
-        desc=f"read {folder}",
-        unit=" samples",
-        dynamic_ncols=True,
-    ) as bar:
-        results = in_order(partial(read_shard, folder), names, workers, chunk_items=1)
-        for entry, (num_samples, bad) in zip(shards, results, strict=True):
-            if num_samples != entry["samples"]:
-                raise RunError(
-                    f"{folder / entry['name']}: {num_samples} samples came, {entry['samples']} were indexed: it has "
-                    f"changed; run: python -m pipeline index {folder} --verify"
-                )
+    with tqdm(total=sum(counts), desc=f"read {folder}", unit=" samples", dynamic_ncols=True) as bar:
+        results = in_order(partial(read_shard, folder), range(len(counts)), workers, chunk_items=1)
+        for count, bad in zip(counts, results, strict=True):
             found += bad
-            bar.update(num_samples)
+            bar.update(count)
     found.sort(key=lambda bad: (bad.shard, bad.key))
     listed = folder / "index" / BAD_SAMPLES
     if found:
@@ -80,26 +64,27 @@ def find_bad_samples(folder: Path, workers: int) -> list[BadSample]:
     return found
 
 
-def read_shard(folder: Path, name: str) -> tuple[int, list[BadSample]]:
-    """The number of samples in a shard, and the bad ones.  Raises RunError where the tar can't be read."""
-    num_samples = 0
-    bad: list[BadSample] = []
-    try:
-        for key, parts in _samples(folder / name):
-            num_samples += 1
-            if reason := what_is_wrong(parts):
-                bad.append(BadSample(name, key, reason))
-    except (OSError, ValueError, EOFError, TarError) as error:  # webdataset adds remarks of its own to the arguments
-        said = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
-        raise RunError(f"{folder / name}: {type(error).__name__}: {said}") from None
-    return num_samples, bad
+def read_shard(folder: Path, shard: int) -> list[BadSample]:
+    """The bad samples of a shard, in order.  Raises as `find_bad_samples`."""
+    shards = _opened(folder)
+    found = ((key, what_is_wrong(parts)) for key, parts in read_through(shards, shard))
+    return [BadSample(shards.names[shard], key, reason) for key, reason in found if reason]
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> ShardSet:
+    """The set, opened once in a worker process, which is given one shard after another."""
+    return ShardSet(folder, open_shards=1)
 
 
 def what_is_wrong(parts: Parts) -> str:
     """Why training can't use a sample with these parts; "" where it can."""
     try:
-        if latents.PART in parts:
-            latents.moments_from_bytes(parts[latents.PART])
+        for name in parts:
+            if latents.VIEW_PART.fullmatch(name):
+                latents.moments_from_bytes(parts[name])
+        if latents.TEXT_PART in parts:
+            latents.text_from_bytes(parts[latents.TEXT_PART])
         if images.PARTS & parts.keys() or latents.PART not in parts:
             images.decode(image_part(parts), LOOK_SIZE)
         if "cls" in parts:
@@ -118,12 +103,3 @@ def by_kind(found: list[BadSample]) -> list[Kind]:
         kinds.setdefault(VALUE.sub("…", bad.reason), []).append(bad)
     told = [Kind(reason, len(of_kind), of_kind[0]) for reason, of_kind in kinds.items()]
     return sorted(told, key=lambda kind: (-kind.count, kind.reason))
-
-
-def _samples(path: Path) -> Iterator[tuple[str, Parts]]:
-    """Key and parts of each sample; of several images the first by name is the one that training reads."""
-    with path.open("rb") as stream:
-        opened: list[dict[str, Any]] = [{"url": str(path), "stream": stream}]
-        for sample in group_by_keys(tar_file_expander(opened)):
-            names = sorted(name for name in sample if not name.startswith("__"))
-            yield sample["__key__"], {name: sample[name] for name in names}

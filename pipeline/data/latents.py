@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from pipeline.data.store import Store, is_url
 from pipeline.errors import UsageError
 
 PART = "moments.npy"  # WebDataset part name: fp16 [2C,h,w], mean over logvar, of the first view
+VIEW_PART = re.compile(r"moments(\.crop[1-9]\d*)?(\.flip)?\.npy")  # see view_part
 TEXT_PART = "text.npy"  # fp16 [L,D], the caption's embedding
 DESCRIPTION = "dataset.json"
 FORMAT = 1

@@ -1,86 +1,20 @@
 """A pass over all samples finds just those that training could not use, and runs nothing that lies in a shard."""
 
-import io
 import json
-import os
 import pickle
-import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from corpus import BAD, GOOD, Touch, picture
 
 from pipeline.data import images, latents
 from pipeline.data.bad_samples import BadSample, by_kind, find_bad_samples
 from pipeline.data.index import BAD_SAMPLES, build_index
-from pipeline.errors import RunError
+from pipeline.errors import UsageError
 
 WriteTar = Callable[..., Path]
-NOT_READABLE = "not a readable JPEG, PNG, WEBP image: "
-
-
-class Touch:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.path}'",)
-
-
-def picture(kind: str = "JPEG", **settings: Any) -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, kind, **settings)
-    return buffer.getvalue()
-
-
-def huge_png(side: int = 10_000) -> bytes:
-    """100 megapixels of one bit each, all black, in a few kilobytes."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    rows = zlib.compress(bytes((1 + side // 8) * side), 9)
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def moments(value: float = 0.5) -> bytes:
-    return latents.moments_to_bytes(np.full((8, 2, 2), value))
-
-
-def not_finite() -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.full((8, 2, 2), np.nan, dtype=np.float16))
-    return buffer.getvalue()
-
-
-GOOD = {
-    "jpeg": {"jpg": picture(), "cls": b"3", "txt": "grüße".encode()},
-    "no label": {"png": picture("PNG")},
-    "no caption": {"webp": picture("WEBP"), "cls": b"0"},
-    "broken exif": {"jpg": picture(exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage"), "cls": b"1"},
-    "json is not read": {"jpg": picture(), "json": b"{"},
-    "moments": {latents.PART: moments(), "cls": b"2"},
-}
-BAD = {
-    "torn": ({"jpg": picture()[:-900], "cls": b"1"}, NOT_READABLE + "image file is truncated ("),
-    "empty": ({"png": b"", "cls": b"1"}, NOT_READABLE + "none of these"),
-    "gif": ({"jpg": picture("GIF"), "cls": b"1"}, NOT_READABLE + "none of these"),
-    "huge": ({"png": huge_png(), "cls": b"1"}, NOT_READABLE),
-    "latin1": ({"jpg": picture(), "txt": "grüße".encode("latin-1")}, ".txt is not UTF-8: invalid start byte at byte 2"),
-    "word": ({"jpg": picture(), "cls": b"abc"}, ".cls holds b'abc', an integer was wanted"),
-    "negative": ({"jpg": picture(), "cls": b"-1"}, "class id -1 came, 0 or more was wanted"),
-    "nan": ({latents.PART: not_finite(), "cls": b"1"}, "the moments are not finite"),
-    "torn moments": ({latents.PART: moments()[:-3], "cls": b"1"}, ""),
-    "wrong moments": ({latents.PART: moments(), "jpg": b"", "cls": b"1"}, NOT_READABLE + "none of these"),
-}
 REQUIRED = (images.PARTS | {latents.PART},)
 
 
@@ -155,14 +89,17 @@ def test_reasons_are_counted_without_their_values() -> None:
     ]
 
 
-def test_a_shard_that_changed_since_is_named(folder: Path, write_tar: WriteTar) -> None:
-    write_tar(folder / "000.tar", [{"__key__": "a", "png": picture("PNG")}])
-    with pytest.raises(RunError, match=rf"^{folder}/000\.tar: 1 samples came, 7 were indexed: it has changed; run: "):
-        find_bad_samples(folder, 1)
-
-
-def test_a_shard_that_can_not_be_read_is_named(folder: Path) -> None:
+def test_a_shard_of_another_size_is_named(folder: Path) -> None:
     data = (folder / "000.tar").read_bytes()
     (folder / "000.tar").write_bytes(data[: len(data) // 2 + 100])
-    with pytest.raises(RunError, match=rf"^{folder}/000\.tar: "):
+    with pytest.raises(UsageError, match=rf"^{folder}/000\.tar: \d+ bytes came, {len(data)} bytes were indexed"):
         find_bad_samples(folder, 2)
+
+
+@pytest.mark.parametrize("place", [20, 100_000])
+def test_a_shard_that_changed_since_is_named(folder: Path, place: int) -> None:
+    data = bytearray((folder / "000.tar").read_bytes())
+    data[min(place, len(data) - 2000)] ^= 1
+    (folder / "000.tar").write_bytes(data)
+    with pytest.raises(UsageError, match=rf"^{folder}/000\.tar: changed since it was indexed"):
+        find_bad_samples(folder, 1)
