@@ -17,9 +17,9 @@ from webdataset.writer import TarWriter
 from pipeline import files, program
 from pipeline.config import DataConfig
 from pipeline.data.index import note_shard
-from pipeline.data.latent_set import LatentSet, Record, quarantined
+from pipeline.data.latent_set import LatentSet, Record
 from pipeline.data.preview import write_latents_preview
-from pipeline.data.quarantine import BadSample, Count
+from pipeline.data.quarantine import BadSample, Count, write_all
 from pipeline.data.sequential import read_through
 from pipeline.encoder import Encoder, Ready, read_ahead
 from pipeline.errors import SampleError, UsageError
@@ -189,7 +189,7 @@ class Encoding:
             if self._count.total > budget.max_total or self._count.consecutive > budget.max_consecutive:
                 with self.whole():
                     try:
-                        quarantined(self.out, budget, list(self._bad.values()))
+                        write_all(self.out, budget, list(self._bad.values()), self.writer)
                     except UsageError as error:
                         raise SampleError(str(error)) from None
 

@@ -17,7 +17,7 @@ from pipeline.config import QuarantineConfig
 from pipeline.data import latents, quarantine
 from pipeline.data.index import ShardSet, build_index
 from pipeline.data.latents import Origin
-from pipeline.data.quarantine import BadSample, Count, Quarantine
+from pipeline.data.quarantine import BadSample
 from pipeline.errors import UsageError, blame
 from vae.moments import MomentStatistics
 
@@ -100,7 +100,7 @@ class LatentSet:
         folder has shards that the images don't.
         """
         bad = [row for shard, noted in enumerate(records) for row in self.bad_samples(shard, noted.bad)]
-        quarantined(self.out, budget, bad)
+        quarantine.write_all(self.out, budget, bad, writer)
         if len(bad) == len(self.shards):
             told = f"; the last: {bad[-1].shard}: sample {bad[-1].key!r}: {bad[-1].reason}" if bad else ""
             raise UsageError(f"{self.shards.location}: none of its {len(bad)} samples can be encoded{told}")
@@ -161,12 +161,6 @@ class LatentSet:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
-
-
-def quarantined(out: Path, budget: QuarantineConfig, bad: list[BadSample]) -> None:
-    """Write OUT/quarantine.jsonl anew.  Raises UsageError at the first sample beyond a budget."""
-    (out / quarantine.NAME).unlink(missing_ok=True)
-    Quarantine(out, budget, position=0, count=Count()).add(bad)
 
 
 def _record_path(out: Path, name: str) -> Path:

@@ -48,7 +48,7 @@ class Count:
 
 
 class Quarantine:
-    """FOLDER/quarantine.jsonl and the budgets.  Every rank counts, `is_main` writes."""
+    """FOLDER/quarantine.jsonl and the budgets of a run.  Every rank counts, `is_main` writes."""
 
     def __init__(
         self, folder: Path, budget: QuarantineConfig, *, position: int, count: Count, is_main: bool = True
@@ -64,23 +64,50 @@ class Quarantine:
 
         `found`: all that were met at the positions since the last call, in any order.
         """
-        for bad in sorted(found, key=lambda bad: bad.position):
-            if self.is_main:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(bad.to_json(), ensure_ascii=False) + "\n")
-            self.count = self.count.after(bad.position)
-            self._check(bad)
+        allowed, self.count, error = _counted(found, self.count, self.budget, self.path)
+        if self.is_main and allowed:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(allowed)
+        if error is not None:
+            raise error
 
-    def _check(self, bad: BadSample) -> None:
-        for key, count, told in (
-            ("max_consecutive", self.count.consecutive, "in a row"),
-            ("max_total", self.count.total, "in all"),
+
+def write_all(folder: Path, budget: QuarantineConfig, found: list[BadSample], writer: int = 0) -> None:
+    """Write FOLDER/quarantine.jsonl, whole, of a set that was read to its end; no file where nothing was found.
+
+    Raises UsageError where they are beyond a budget, with the rows up to there written.  `writer`: see files.whole.
+    """
+    rows, _, error = _counted(found, Count(), budget, folder / NAME)
+    if rows:
+        files.write_text(folder / NAME, "".join(rows), writer)
+    else:
+        (folder / NAME).unlink(missing_ok=True)
+    if error is not None:
+        raise error
+
+
+def _counted(
+    found: list[BadSample], count: Count, budget: QuarantineConfig, path: Path
+) -> tuple[list[str], Count, UsageError | None]:
+    """Rows by position up to the first one beyond a budget, the count with them, and what is to be said of that one."""
+    rows: list[str] = []
+    for bad in sorted(found, key=lambda bad: bad.position):
+        rows.append(json.dumps(bad.to_json(), ensure_ascii=False) + "\n")
+        count = count.after(bad.position)
+        for key, reached, told in (
+            ("max_consecutive", count.consecutive, "in a row"),
+            ("max_total", count.total, "in all"),
         ):
-            most = getattr(self.budget, key)
-            if count > most:
-                raise UsageError(
-                    f"data.quarantine.{key}: {count} samples {told} could not be read, up to position "
-                    f"{bad.position}; at most {most} may. The last: {bad.shard}: sample {bad.key!r}: {bad.reason}. "
-                    f"All are in {self.path}: mend or leave out these samples, or allow more"
+            most = getattr(budget, key)
+            if reached > most:
+                return (
+                    rows,
+                    count,
+                    UsageError(
+                        f"data.quarantine.{key}: {reached} samples {told} could not be read, up to position "
+                        f"{bad.position}; at most {most} may. The last: {bad.shard}: sample {bad.key!r}: {bad.reason}. "
+                        f"All are in {path}: mend or leave out these samples, or allow more"
+                    ),
                 )
+    return rows, count, None

@@ -96,7 +96,7 @@ def test_what_takes_its_place_is_a_function_of_the_position(write_set: Callable[
     assert [bad.position for bad in told] == sorted(bad.position for bad in told)
     for workers, size in ((0, 1), (3, 4), (4, 13)):
         positions = [list(range(p, p + size)) for p in range(0, 52, size)]
-        found, told_here = read_all(samples_of(samples.sets[0].folder), positions, workers)
+        found, told_here = read_all(samples_of(Path(samples.sets[0].location)), positions, workers)
         assert told_here == told
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     substitutes = {bad.substitute for bad in told}
