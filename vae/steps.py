@@ -31,10 +31,13 @@ class AutoencoderStep(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, x: Tensor, noise: Tensor) -> AutoencoderOutput:
-        """x [B,3,H,W] in [-1,1]; noise [B,C,h,w] from N(0, I), which the caller draws by (seed, position)."""
+        """x [B,3,H,W] in [-1,1]; noise [B,C,h,w] from N(0, I), which the caller draws by (seed, position).
+
+        z is drawn in fp32 and decoded in x's dtype, which is that of weights kept in bf16.
+        """
         moments = encode_moments(self.autoencoder, x)
         z = sample_posterior(moments, noise)
-        decoded = self.autoencoder.decode(z)  # pyright: ignore[reportArgumentType]
+        decoded = self.autoencoder.decode(z.to(x.dtype))  # pyright: ignore[reportArgumentType]
         return AutoencoderOutput(decoded.sample, moments)  # pyright: ignore[reportAttributeAccessIssue]
 
 

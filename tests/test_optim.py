@@ -1,0 +1,36 @@
+"""Learning rates are what they are said to be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipeline.optim import learning_rate_at
+
+
+@pytest.mark.parametrize(
+    ("step", "schedule", "expected"),
+    [
+        (0, "constant", 0.1),
+        (4, "constant", 0.5),
+        (9, "constant", 1.0),
+        (10, "constant", 1.0),
+        (99, "constant", 1.0),
+        (10, "cosine", 1.0),
+        (55, "cosine", 0.5),
+        (100, "cosine", 0.0),
+        (10, "inverse_sqrt", 1.0),
+        (40, "inverse_sqrt", 1.0),
+        (90, "inverse_sqrt", (40 / 90) ** 0.5),
+        (160, "inverse_sqrt", 0.5),
+        (70, "cosine", 0.5 * (1 + math.cos(math.pi * 60 / 90))),
+    ],
+)
+def test_learning_rate(step: int, schedule: str, expected: float) -> None:
+    rate = learning_rate_at(step, peak=1.0, schedule=schedule, warmup_steps=10, total_steps=100, decay_start_steps=40)
+    assert rate == pytest.approx(expected, abs=1e-12)
+
+
+def test_learning_rate_without_warmup_starts_at_its_peak() -> None:
+    assert learning_rate_at(0, peak=2.0, schedule="constant", warmup_steps=0, total_steps=10) == 2.0
