@@ -15,6 +15,7 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +25,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
 
 from pipeline import checkpoint, class_conditional, files, program, sampler
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import BrokenError, Checkpoint, weights_stem
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
 from pipeline.config_file import to_yaml
-from pipeline.ema import profile_name
+from pipeline.ema import profiles
 from pipeline.errors import RunError, UsageError, blame
 from vae.model import load, weights_sha256
 from vae.moments import LatentScale
@@ -39,28 +40,68 @@ PASSPORT = "training.json"  # in the export: which checkpoint it is
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("export", __doc__ or "")
+    made.add_argument(
+        "--ema",
+        metavar="NAME",
+        help="which average: one of the checkpoint's (decay-0.9999, power-0.05) or one that the verb ema made "
+        "(power-0.13-step-000020000); default: the config's first",
+    )
     return program.run_config(made, argv, export, None)
 
 
 def export(config: Config, args: argparse.Namespace) -> None:
     """checkpoint → pipeline → folder → loaded back, sampled, compared → RUN/export."""
-    del args
     run = Path(config.run_dir)
-    found = newest_checkpoint(run)
+    average = find_average(config, args.ema)
+    found = average.found
     passport = {
         "checkpoint": found.path.name,
         "manifest_sha256": files.sha256(found.path / "manifest.json"),
-        "ema": profile_name(config.ema.decays[0]),
+        "ema": average.name,
     }
     out = run / "export"
     if (out / PASSPORT).exists() and files.read_json(out / PASSPORT) == passport:
-        program.say(f"{out} is {found.path.name} already")
+        program.say(f"{out} is {average} already")
         return
-    pipe = checkpoint_pipeline(config, found)
+    pipe = checkpoint_pipeline(config, average)
     with files.whole_folder(out) as aside:
-        write_export(pipe, aside, config, found, passport)
+        write_export(pipe, aside, config, average, passport)
         compare(pipe, aside, config)
-    program.say(f"exported {found.path.name} to {out}; it was loaded back and draws the same pixels")
+    program.say(f"exported {average} to {out}; it was loaded back and draws the same pixels")
+
+
+@dataclass(frozen=True)
+class Average:
+    """Averaged weights: their name, where they lie, and the state that says what they were trained on."""
+
+    name: str
+    found: Checkpoint
+    folder: str  # in `found`: with the U-Net's config.json and the weights
+
+    def __str__(self) -> str:
+        """For a person."""
+        return self.name if self.found.path.name == self.name else f"{self.name} of {self.found.path.name}"
+
+
+def find_average(config: Config, name: str | None = None) -> Average:
+    """The average of this name: one of the newest whole checkpoint, or one that was reconstructed.
+
+    None: the config's first.  Raises UsageError, naming what there is, where there is none; RunError for a
+    reconstructed one that is broken.
+    """
+    run = Path(config.run_dir)
+    made = run / "ema" / "reconstructed"
+    if name is not None and (made / name / "manifest.json").is_file():
+        try:
+            return Average(name, checkpoint.verify(made / name), ".")
+        except BrokenError as error:
+            raise RunError(f"{error}; make it again: python -m pipeline ema with this config") from None
+    found = newest_checkpoint(run)
+    name = profiles(config.ema)[0].name if name is None else name
+    if name not in found.profiles():
+        known = [*found.profiles(), *sorted(path.name for path in made.glob("power-*"))]
+        raise UsageError(f"--ema: {name!r} came; known: {', '.join(known)}")
+    return Average(name, found, f"ema/{name}")
 
 
 def newest_checkpoint(run: Path) -> Checkpoint:
@@ -73,8 +114,9 @@ def newest_checkpoint(run: Path) -> Checkpoint:
     return found
 
 
-def checkpoint_pipeline(config: Config, found: Checkpoint) -> ClassConditionalPipeline:
-    """The trainer's own sampler with a checkpoint's averaged weights.  Raises UsageError for another VAE's latents."""
+def checkpoint_pipeline(config: Config, average: Average) -> ClassConditionalPipeline:
+    """The trainer's own sampler with averaged weights.  Raises UsageError for another VAE's latents."""
+    found = average.found
     with blame("vae.path"):
         vae = load(config.vae.path)
     said = found.state["latents"]
@@ -84,15 +126,15 @@ def checkpoint_pipeline(config: Config, found: Checkpoint) -> ClassConditionalPi
             f"vae.path: the VAE {digest[:12]} came; {found.path} was trained on latents of the VAE "
             f"{said['origin']['vae_sha256'][:12]}"
         )
-    weights = found.weights(f"ema/{profile_name(config.ema.decays[0])}")
-    unet_config = UNet2DConditionModel.load_config(found.path / "unet")
+    weights = found.tensors(weights_stem(average.folder))
+    unet_config = UNet2DConditionModel.load_config(found.path / average.folder)
     averaged = sampler.frozen_unet(unet_config, weights, torch.device("cpu"))
     scale = LatentScale(said["scale"], said["shift"])
     return sampler.assemble(averaged, vae, scale, config.diffusion, config.conditioning.class_names)
 
 
 def write_export(
-    pipe: ClassConditionalPipeline, folder: Path, config: Config, found: Checkpoint, passport: dict[str, Any]
+    pipe: ClassConditionalPipeline, folder: Path, config: Config, average: Average, passport: dict[str, Any]
 ) -> None:
     """Write the diffusers folder: models in safetensors, the pipeline's code, the model card, its passport."""
     pipe.save_pretrained(folder, safe_serialization=True)
@@ -100,7 +142,7 @@ def write_export(
     index = files.read_json(folder / "model_index.json")
     index["_class_name"] = ["pipeline", ClassConditionalPipeline.__name__]  # the class in pipeline.py beside it
     files.write_json(folder / "model_index.json", index)
-    files.write_text(folder / "README.md", model_card(config, found))
+    files.write_text(folder / "README.md", model_card(config, average))
     files.write_json(folder / PASSPORT, passport)
 
 
@@ -121,8 +163,9 @@ def compare(pipe: ClassConditionalPipeline, folder: Path, config: Config) -> Non
         raise RunError(f"{folder}: loaded back, its pixels differ by {difference} from the trainer's sampler")
 
 
-def model_card(config: Config, found: Checkpoint) -> str:
+def model_card(config: Config, average: Average) -> str:
     """The README.md of an export: what it is, how to load it, what it was trained on and how."""
+    found = average.found
     origin = found.state["latents"]["origin"]
     names = [*(config.conditioning.class_names or map(str, range(config.conditioning.num_classes)))]
     diffusion, images_seen = config.diffusion, found.state["data"]["position"]
@@ -156,7 +199,7 @@ its own for this U-Net.
 | objective | {diffusion.prediction_type}, {diffusion.schedule} schedule, T = {diffusion.num_timesteps} |
 | steps | {found.step:,} of {config.train.global_batch_images} images ({images_seen:,} images seen) |
 | condition dropout | {config.conditioning.dropout:g} |
-| weights | average with decay {config.ema.decays[0]:g} |
+| weights | average `{average.name}` |
 
 License of weights and data: to be filled in by whoever publishes them.
 

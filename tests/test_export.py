@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDisc
 from world import World
 
 from pipeline.config_file import load_config
-from pipeline.export import checkpoint_pipeline, newest_checkpoint
+from pipeline.export import checkpoint_pipeline, find_average, newest_checkpoint
 
 ALONE = """
 import sys
@@ -55,7 +55,8 @@ def test_a_process_without_this_project_draws_the_same_pixels(exported: World, t
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     theirs = np.load(tmp_path / "images.npy")
-    pipe = checkpoint_pipeline(load_config(exported.config), newest_checkpoint(exported.run_dir))
+    config = load_config(exported.config)
+    pipe = checkpoint_pipeline(config, find_average(config))
     ours = [
         pipe([0, 7, 3], seeds=[5, 6, 2**62], guidance_scale=w, num_inference_steps=4, output_type="np").images
         for w in (0.0, 1.0, 2.0)
