@@ -7,31 +7,33 @@
       state.json        step, data position and fingerprints, versions
       manifest.json     size and SHA-256 of every file; written last
 
-A folder is written aside, flushed, hashed and renamed, so a name that is there is whole; the hashes are checked again
-before anything is resumed from it.  Nothing here is or reads a pickle.
+Weights and moments of over 2 GiB lie in several files, numbered as diffusers numbers them.  A folder is written aside
+(saving.py), flushed, hashed and renamed, so a name that is there is whole; the hashes are checked again before anything
+is resumed from it.  Nothing here is or reads a pickle.
 """
 
 from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import files
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import UsageError
 
 FORMAT = 1
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
-Tensors = Mapping[str, Tensor]
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a model's weights, without its ending
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Read = Callable[[str], Tensor]  # parameter name → fp32 tensor
 
 
 class BrokenError(Exception):
@@ -50,83 +52,67 @@ class Checkpoint:
         """Optimizer steps made."""
         return int(self.state["step"])
 
-    def weights(self, model: str) -> dict[str, Tensor]:
-        """Parameter name → fp32 tensor of a model or of `ema/PROFILE`."""
-        return load_file(self.path / model / WEIGHTS)
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """Parameter name → fp32 tensor of all in the files STEM*.safetensors, such as `unet_stem("unet")`."""
+        return {name: tensor for file in self._files(stem) for name, tensor in load_file(file).items()}
 
-    def moments(self, model: str) -> dict[str, dict[str, Tensor]]:
-        """Moment → parameter name → fp32 tensor."""
-        return {file.stem: load_file(file) for file in sorted((self.path / "optimizer" / model).glob("*.safetensors"))}
+    @contextmanager
+    def reading(self, stem: str) -> Generator[Read]:
+        """The same, one at a time as they are asked for: a big model is never in memory whole."""
+        with ExitStack() as opened:
+            where: dict[str, Any] = {}
+            for file in self._files(stem):
+                handle: Any = opened.enter_context(safe_open(file, framework="pt"))
+                where |= dict.fromkeys(handle.keys(), handle)
+            yield lambda name: where[name].get_tensor(name)
 
-    def ema(self) -> dict[str, dict[str, Tensor]]:
-        """Profile name → parameter name → fp32 tensor."""
-        return {folder.name: self.weights(f"ema/{folder.name}") for folder in sorted((self.path / "ema").glob("*"))}
+    def shapes(self, stem: str) -> dict[str, torch.Size]:
+        """Parameter name → shape, from the files' headers alone."""
+        found: dict[str, torch.Size] = {}
+        for file in self._files(stem):
+            with safe_open(file, framework="pt") as opened:
+                found |= {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        return found
 
+    def has(self, stem: str) -> bool:
+        """Whether there are such tensors."""
+        return bool(self._files(stem))
 
-def save(
-    folder: Path,
-    step: int,
-    *,
-    name: str,
-    model: ModelMixin,
-    moments: Mapping[str, Tensors],
-    ema: Mapping[str, Tensors],
-    state: dict[str, Any],
-) -> Path:
-    """Write `folder`/step-N whole, or raise RunError and leave all that was there as it was.
+    def profiles(self) -> list[str]:
+        """The averages' names."""
+        return sorted(folder.name for folder in (self.path / "ema").glob("*"))
 
-    `name`: the model's folder, such as "unet"; `moments` and `ema` are keyed by moment and by profile, then by
-    parameter name; `state`: JSON, the step and versions are added.  Call it on one rank.
-    """
-    final = folder / f"step-{step:09d}"
-    aside = folder / f".{final.name}.part"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        _write_model(aside / name, model, model.state_dict())
-        for profile, tensors in ema.items():
-            _write_model(aside / "ema" / profile, model, tensors)
-        for moment, tensors in moments.items():
-            _write_tensors(aside / "optimizer" / name / f"{moment}.safetensors", tensors)
-        files.write_json(aside / "state.json", {"format": FORMAT, "step": step, **state, "versions": _versions()})
-        _seal(aside)
-        if final.exists():  # a broken one of this step, which resuming passed over
-            shutil.rmtree(final)
-        aside.rename(final)
-        files.flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        older = [path.name for path in list_steps(folder)]
-        raise RunError(
-            f"step {step}: the checkpoint could not be written to {final}: {error}. "
-            f"Nothing saved before is lost ({older[0] if older else 'there is none yet'}): "
-            "make room or mend the disk, then run the same command again"
-        ) from error
-    return final
+    def _files(self, stem: str) -> list[Path]:
+        folder, name = (self.path / stem).parent, Path(stem).name
+        return [*folder.glob(f"{name}.safetensors"), *sorted(folder.glob(f"{name}-*-of-*.safetensors"))]
 
 
-def _write_model(folder: Path, model: ModelMixin, tensors: Tensors) -> None:
-    folder.mkdir(parents=True)
-    model.save_config(folder)
-    _write_tensors(folder / WEIGHTS, tensors)
+def weights_stem(model: str) -> str:
+    """Where the weights of a model lie, such as "unet" or "ema/decay-0.9999"."""
+    return f"{model}/{WEIGHTS}"
 
 
-def _write_tensors(path: Path, tensors: Tensors) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Copies: views of one storage (a tied weight) may not share it in safetensors.
-    whole = {name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
+def moment_stem(model: str, moment: str) -> str:
+    """Where a moment of a model's optimizer lies."""
+    return f"optimizer/{model}/{moment}"
 
 
-def _seal(folder: Path) -> None:
-    """Flush and hash every file, and write the manifest last."""
-    listed: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        files.flush(path)
-        listed[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    for inner in [p for p in folder.rglob("*") if p.is_dir()]:
+def seal(path: Path) -> dict[str, Any]:
+    """Flush a file, and give what the manifest says of it."""
+    files.flush(path)
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+
+
+def publish(aside: Path, final: Path, listed: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest of a folder whose files are `listed`, and give it its name."""
+    for inner in [p for p in aside.rglob("*") if p.is_dir()]:
         files.flush(inner)
-    manifest = {"format": FORMAT, "files": listed}
-    files.write_json(folder / "manifest.json", {**manifest, "sha256": files.fingerprint(manifest)})
+    manifest = {"format": FORMAT, "files": dict(sorted(listed.items()))}
+    files.write_json(aside / "manifest.json", {**manifest, "sha256": files.fingerprint(manifest)})
+    if final.exists():  # a broken one of this step, which resuming passed over
+        shutil.rmtree(final)
+    aside.rename(final)
+    files.flush(final.parent)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -190,6 +176,11 @@ def prune(folder: Path, *, keep_last: int, keep_every_steps: int | None) -> None
             path.rename(path.with_name(f".{path.name}.part"))
     for left in folder.glob(".step-*.part"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def state_document(step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """What state.json holds: JSON, with the format, the step and the libraries' versions."""
+    return {"format": FORMAT, "step": step, **state, "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

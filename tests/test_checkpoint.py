@@ -1,113 +1,63 @@
-"""A checkpoint is whole or not there; what is broken is found and named; nothing is a pickle."""
+"""A checkpoint is whole or not there, whoever wrote it; what is broken is found and named; nothing is a pickle."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import resource
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from small_run import Run, moments_of_unet
 
 from pipeline import checkpoint, files
-from pipeline.ema import Ema
+from pipeline.checkpoint import MOMENTS, weights_stem
 from pipeline.errors import RunError, UsageError
-from pipeline.optim import build_adamw, load_moments, moments
-
-
-def small_unet(seed: int = 0) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        num_class_embeds=3,
-    )
-
-
-def take_step(unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(2, 4, 4, 4, generator=generator)
-    condition = {"class_labels": torch.tensor([0, 2]), "encoder_hidden_states": torch.zeros(2, 1, 8)}
-    unet(z, torch.tensor([1, 7]), **condition).sample.square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def adamw(unet: UNet2DConditionModel) -> torch.optim.Optimizer:
-    return build_adamw(unet, learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+from pipeline.saving import Saver, plan_files
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A folder with checkpoints of step 1 and 2."""
-    unet = small_unet()
-    optimizer, ema = adamw(unet), Ema(unet, (0.9, 0.99))
+    run = Run()
     for step in (1, 2):
-        take_step(unet, optimizer, step)
-        ema.update(unet, step - 1)
-        save(tmp_path, step, unet, optimizer, ema)
+        run.step(step)
+        run.save(tmp_path, step)
     return tmp_path
-
-
-def save(folder: Path, step: int, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, ema: Ema) -> Path:
-    return checkpoint.save(
-        folder,
-        step,
-        name="unet",
-        model=unet,
-        moments=moments(optimizer, unet),
-        ema=ema.state(),
-        state={"data": {"position": 10 * step}},
-    )
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_what_is_loaded_goes_on_bit_by_bit(saved: Path) -> None:
     found, wrong = checkpoint.newest(saved)
     assert found is not None and not wrong and found.step == 2
-    resumed, straight = small_unet(seed=99), small_unet()
-    resumed.load_state_dict(found.weights("unet"))
-    resumed_optimizer, straight_optimizer = adamw(resumed), adamw(straight)
-    load_moments(resumed_optimizer, resumed, found.moments("unet"), num_steps=2)
-    resumed_ema, straight_ema = Ema(resumed, (0.9, 0.99)), Ema(straight, (0.9, 0.99))
-    resumed_ema.load(found.ema())
+    resumed, straight = Run(seed=99), Run()
+    resumed.take_up(found)
     for step in (1, 2):
-        take_step(straight, straight_optimizer, step)
-        straight_ema.update(straight, step - 1)
+        straight.step(step)
     for step in (3, 4):
-        for unet, optimizer, ema in (
-            (straight, straight_optimizer, straight_ema),
-            (resumed, resumed_optimizer, resumed_ema),
-        ):
-            take_step(unet, optimizer, step)
-            ema.update(unet, step - 1)
-    assert_equal(straight.state_dict(), resumed.state_dict())
-    for profile, tensors in straight_ema.state().items():
-        assert_equal(tensors, resumed_ema.state()[profile])
-    for moment, tensors in moments(straight_optimizer, straight).items():
-        assert_equal(tensors, moments(resumed_optimizer, resumed)[moment])
+        straight.step(step)
+        resumed.step(step)
+    for (stem, name, tensor), (stem2, name2, tensor2) in zip(straight.tensors(), resumed.tensors(), strict=True):
+        assert (stem, name) == (stem2, name2) and torch.equal(tensor, tensor2)
 
 
-def test_its_model_folders_open_in_diffusers(saved: Path) -> None:
-    found = checkpoint.verify(saved / "step-000000002")
+@pytest.mark.parametrize("max_file_bytes", [1 << 30, 4000])
+def test_its_model_folders_open_in_diffusers(tmp_path: Path, max_file_bytes: int) -> None:
+    run = Run()
+    run.step(1)
+    run.save(tmp_path, 1, max_file_bytes)
+    found = checkpoint.verify(tmp_path / "step-000000001")
+    assert len(list((found.path / "unet").glob("*.safetensors"))) == (1 if max_file_bytes > 4000 else 29)
     for folder in ("unet", "ema/decay-0.9", "ema/decay-0.99"):
         opened = UNet2DConditionModel.from_pretrained(found.path / folder)
-        assert_equal(opened.state_dict(), found.weights(folder))
+        tensors = found.tensors(weights_stem(folder))
+        assert opened.state_dict().keys() == tensors.keys()
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in opened.state_dict().items())
+        with found.reading(weights_stem(folder)) as read:
+            assert all(torch.equal(read(name), tensor) for name, tensor in tensors.items())
 
 
 def test_its_files_are_named_as_promised(saved: Path) -> None:
@@ -118,10 +68,47 @@ def test_its_files_are_named_as_promised(saved: Path) -> None:
     assert state["step"] == 2 and state["data"] == {"position": 20} and "torch" in state["versions"]
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_ranks_write_it_together_as_one_writes_it_alone(tmp_path: Path, num_ranks: int) -> None:
+    run = Run()
+    run.step(1)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    run.save(alone, 1, max_file_bytes=4000)
+    ready = threading.Barrier(num_ranks)
+
+    def on_main(rank: int) -> Any:
+        def do(work: Any) -> None:
+            if rank == 0:
+                work()
+            ready.wait(30)
+
+        return do
+
+    def save(rank: int) -> None:
+        saver = Saver(together, rank=rank, num_ranks=num_ranks, max_file_bytes=4000)
+        config = json.loads(run.unet.to_json_string())
+        folders = ["unet", *(f"ema/{name}" for name in run.ema.shadows)]
+        documents: dict[str, Any] = {f"{folder}/config.json": config for folder in folders}
+        documents["state.json"] = checkpoint.state_document(1, {"data": {"position": 10}})
+        shapes = dict.fromkeys(run.lists(), run.shapes)
+        saver.begin(1, shapes, run.tensors(), documents, on_main=on_main(rank), done=lambda folder: None)
+        saver.finish()
+
+    threads = [threading.Thread(target=save, args=(rank,)) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    written = {p.relative_to(alone): p.read_bytes() for p in alone.rglob("*") if p.is_file()}
+    assert written == {p.relative_to(together): p.read_bytes() for p in together.rglob("*") if p.is_file()}
+    owners = {file.rank for of in plan_files({"a": run.shapes}, num_ranks, 4000).values() for file in of}
+    assert owners == set(range(num_ranks))
+
+
 def every_file() -> list[str]:
     models = ("unet", "ema/decay-0.9", "ema/decay-0.99")
-    weights = [f"{model}/{name}" for model in models for name in ("config.json", checkpoint.WEIGHTS)]
-    moment_files = [f"optimizer/unet/{name}.safetensors" for name in ("exp_avg", "exp_avg_sq")]
+    weights = [name for model in models for name in (f"{model}/config.json", f"{weights_stem(model)}.safetensors")]
+    moment_files = [f"{moments_of_unet(name)}.safetensors" for name in MOMENTS]
     return [*weights, *moment_files, "state.json", "manifest.json"]
 
 
@@ -152,29 +139,43 @@ def test_a_newer_format_is_refused_and_not_passed_over(saved: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_what_was_there(saved: Path) -> None:
-    unet = small_unet()
-    optimizer, ema = adamw(unet), Ema(unet, (0.9,))
-    take_step(unet, optimizer, 1)
+    run = Run()
+    run.step(1)
     before = sorted(p.name for p in saved.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel refuses every longer file
     try:
         with pytest.raises(RunError, match=r"step 3: .*step-000000002.*run the same command again"):
-            save(saved, 3, unet, optimizer, ema)
+            run.save(saved, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in saved.iterdir()) == before
     assert checkpoint.newest(saved)[0] is not None
-    save(saved, 3, unet, optimizer, ema)
+    run.save(saved, 3)
     assert checkpoint.verify(saved / "step-000000003").step == 3
+
+
+def test_a_write_that_fails_is_told_at_the_next_one_too(saved: Path) -> None:
+    run = Run()
+    run.step(1)
+    saver = Saver(saved, rank=0, num_ranks=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        run.begin(saver, 3)
+        while not saver.failed():
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(RunError, match="step 3: the checkpoint could not be written"):
+        run.begin(saver, 4)
 
 
 def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(saved: Path) -> None:
     (saved / "step-000000002" / "state.json").unlink()
-    unet = small_unet()
-    optimizer = adamw(unet)
-    take_step(unet, optimizer, 1)
-    save(saved, 2, unet, optimizer, Ema(unet, (0.9,)))
+    run = Run()
+    run.step(1)
+    run.save(saved, 2)
     assert checkpoint.verify(saved / "step-000000002").step == 2
 
 
@@ -194,16 +195,21 @@ def test_no_pickle_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(owner, name, poison)
     found, _ = checkpoint.newest(saved)
     assert found is not None
-    assert found.weights("unet") and found.moments("unet") and found.ema()
+    run = Run(seed=5)
+    run.take_up(found)
+    run.step(3)
+    run.save(saved, 3)
 
 
-def test_shared_storage_is_written_whole(tmp_path: Path) -> None:
-    unet = small_unet()
-    ema = Ema(unet, (0.9,))
-    base = torch.arange(12.0)
-    views = {"a": base[:6], "b": base[3:9], "c": base.view(3, 4).t()}
-    path = checkpoint.save(
-        tmp_path, 1, name="unet", model=unet, moments={"exp_avg": views}, ema=ema.state(), state={"data": {}}
-    )
-    read = checkpoint.verify(path).moments("unet")["exp_avg"]
-    assert all(torch.equal(read[name], views[name]) for name in views)
+def test_what_is_saved_is_of_the_moment(tmp_path: Path) -> None:
+    """The training goes on while the files are written."""
+    run, saver = Run(), Saver(tmp_path, rank=0, num_ranks=1)
+    run.step(1)
+    before = {(stem, name): tensor.clone() for stem, name, tensor in run.tensors()}
+    run.begin(saver, 1)
+    for step in (2, 3):
+        run.step(step)
+    saver.finish()
+    found = checkpoint.verify(tmp_path / "step-000000001")
+    for (stem, name), tensor in before.items():
+        assert torch.equal(found.tensors(stem)[name], tensor)
