@@ -13,11 +13,14 @@ VERBS = {
     "train-vae": "train the autoencoder",
     "encode": "image shards → latent shards",
     "train": "train the diffusion model",
+    "ema": "snapshots of averages → an average of another length",
     "export": "checkpoint → a folder that diffusers opens",
     "sample": "draw images from an export",
     "evaluate": "score an export",
     "schema": "print the JSON Schema of a config, for editors",
 }
+
+MODULES = {"ema": "reconstruct"}  # where a verb's module has another name: pipeline.ema is the averages themselves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +46,12 @@ def run_verb(words: list[str]) -> int:
         wanted = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
         sys.stderr.write(f"error: {verb}: no such verb; {wanted}\n")
         return 2
-    module = importlib.import_module(f"pipeline.{verb.replace('-', '_')}")
-    return module.main(words[1:])
+    return importlib.import_module(module_of(verb)).main(words[1:])
+
+
+def module_of(verb: str) -> str:
+    """The full name of the module that a verb is."""
+    return f"pipeline.{MODULES.get(verb, verb.replace('-', '_'))}"
 
 
 if __name__ == "__main__":

@@ -213,7 +213,13 @@ class OptimizerConfig(Section):
     """AdamW and its learning rate over time."""
 
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "cosine"] = Field(default="constant", description="After the warm-up.")
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = Field(
+        default="constant",
+        description="After the warm-up; inverse_sqrt falls as 1/sqrt(step), from decay_start_steps on.",
+    )
+    decay_start_steps: int = Field(
+        default=10_000, gt=0, description="inverse_sqrt: steps at the peak, the warm-up among them, before it falls."
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the second moment.")
@@ -231,10 +237,36 @@ class TrainConfig(Section):
         json_schema_extra=FREE,
     )
     global_batch_images: int = Field(gt=0, description="Images per optimizer step over all ranks.")
-    micro_batch_images: int | None = Field(
+    micro_batch_images: Annotated[int, Field(gt=0)] | Literal["auto"] | None = Field(
+        default=None,
+        description="Images per rank in one forward pass; smaller than the rank's share means accumulation. null: the "
+        "share; auto: the largest part of it that fits the device's memory, tried when the run begins.",
+        json_schema_extra=FREE,
+    )
+    spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="A loss above so many times the median of the last spike_window_steps sets the run back: weights, "
+        "averages and moments are those of the newest checkpoint again, the data goes on. null: never.",
+        json_schema_extra=FREE,
+    )
+    spike_window_steps: int = Field(
+        default=100, gt=1, description="Steps whose median loss a spike is held against.", json_schema_extra=FREE
+    )
+    max_spikes: int = Field(
+        default=3, ge=0, description="Times that a run is set back; one more spike ends it.", json_schema_extra=FREE
+    )
+    limit_s: float | None = Field(
         default=None,
         gt=0,
-        description="Images per rank in one forward pass; smaller than the rank's share means accumulation.",
+        description="Seconds after which the run saves and stops as preempted: a little less than the job's limit.",
+        json_schema_extra=FREE,
+    )
+    hang_timeout_s: float | None = Field(
+        default=1800.0,
+        gt=0,
+        description="Seconds without a step after which every rank writes down its stacks and the run ends as failed; "
+        "null: never.",
         json_schema_extra=FREE,
     )
 
@@ -251,15 +283,64 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu"] = Field(
         default="auto", description="auto: CUDA where there is one.", json_schema_extra=FREE
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights stay fp32.")
+    strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        default="auto",
+        description="What each rank holds: ddp everything; zero1, zero2, zero3 (DeepSpeed) its part of the optimizer, "
+        "of the gradients too, of the weights too; fsdp2 (torch) its part of all three. auto: what accelerate launch's "
+        "config says, else ddp. Any of them goes on from any other's checkpoint.",
+        json_schema_extra=FREE,
+    )
+    precision: Literal["fp32", "bf16", "fp16", "bf16_weights"] = Field(
+        default="fp32",
+        description="bf16, fp16: autocast; weights stay fp32; fp16 scales the loss. bf16_weights: the network computes "
+        "in bf16 throughout; the optimizer and the averages keep fp32 weights.",
+    )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="Keep the optimizer's fp32 weights and moments in the CPU's memory, and update there (zero1, "
+        "zero2, zero3).",
+        json_schema_extra=FREE,
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, about a "
+        "third more time.",
+        json_schema_extra=FREE,
+    )
 
 
 class EmaConfig(Section):
-    """Averages of the weights; the first is the one exported, sampled and evaluated."""
+    """Averages of the weights; the first, of decays or else of sigma_rels, is exported, sampled and evaluated."""
 
     decays: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(0.9999,), min_length=1, description="Decay per optimizer step of each average."
+        default=(0.9999,), description="Decay per optimizer step of each average of a fixed length."
     )
+    sigma_rels: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = Field(
+        default=(),
+        description="Spread of each average whose length grows with the training (EDM2's power profiles), as a share "
+        "of the steps made.",
+    )
+    snapshot_every_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="Optimizer steps between snapshots of the sigma_rels averages, of which the verb ema makes "
+        "averages of other lengths; a multiple of checkpoint.every_steps. null: none.",
+        json_schema_extra=FREE,
+    )
+
+    @model_validator(mode="after")
+    def _averages_serve(self) -> Self:
+        if not self.decays and not self.sigma_rels:
+            raise ValueError("decays and sigma_rels are both empty; one average at least was wanted")
+        for name in ("decays", "sigma_rels"):
+            given = getattr(self, name)
+            if len(set(given)) != len(given):
+                raise ValueError(f"{name} names an average twice")
+        if self.snapshot_every_steps is not None and len(self.sigma_rels) < 2:
+            raise ValueError(
+                f"snapshot_every_steps={self.snapshot_every_steps} wants two sigma_rels at least, such as [0.05, 0.1]"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -331,6 +412,16 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.num_inference_steps={steps} must divide diffusion.num_timesteps={total}; "
                 f"nearest: {' and '.join(map(str, near))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _snapshots_are_of_checkpoints(self) -> Self:
+        every, saved = self.ema.snapshot_every_steps, self.checkpoint.every_steps
+        if every is not None and every % saved:
+            raise ValueError(
+                f"ema.snapshot_every_steps={every} must be a multiple of checkpoint.every_steps={saved}; "
+                f"nearest: {max(1, round(every / saved)) * saved}"
             )
         return self
 

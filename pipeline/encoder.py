@@ -71,7 +71,7 @@ class Encoder:
             x = torch.from_numpy(images.to_unit(np.stack([sample.squares[crop] for sample in batch])))
             x = x.to(self.engine.device)  # [B,3,H,W]
             for flipped in (False, True) if self.flip else (False,):
-                with torch.no_grad(), self.engine.accelerator.autocast():
+                with torch.no_grad(), self.engine.autocast():
                     moments = encode_moments(self.vae, x.flip(3) if flipped else x).float().cpu()  # [B,2C,h,w]
                 _add(found, batch, latents.view_part(crop, flipped), moments.numpy(), latents.moments_to_bytes)
                 statistics.update(moments)

@@ -1,50 +1,55 @@
-"""The ranks: Accelerate's Accelerator, what they do together, and how they leave."""
+"""The ranks: joined by Accelerate, what they do together, and how they leave."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch import Tensor
-from torch.nn import Module
 
 from pipeline.config import EngineConfig
 from pipeline.errors import RunError, UsageError
+from pipeline.strategies.choice import Strategy, choose
+from pipeline.strategies.precision import Precision, autocast
 
-PRECISION = {"fp32": "no", "bf16": "bf16"}  # our word → Accelerate's
+CommonError = TypeVar("CommonError", bound=Exception)
 ERRORS = {kind.__name__: kind for kind in (UsageError, RunError)}
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step: the mean loss over the global batch, its named parts, and the gradient's L2 norm."""
+class Summed:
+    """Numbers that are being summed over all ranks; nobody waits for them before they are read."""
 
-    loss: float
-    parts: dict[str, float]
-    grad_norm: float
+    def __init__(self, names: Sequence[str], total: Tensor, work: dist.Work | None) -> None:
+        self._names, self._total, self._work = tuple(names), total, work
+
+    def read(self) -> dict[str, float]:
+        """Wait for them; the same on every rank."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return dict(zip(self._names, self._total.tolist(), strict=True))
 
 
 class Engine:
-    """All ranks of a run.  Plain DDP where there are several; this is the only place that knows."""
+    """All ranks of a run."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Join the ranks.  Raises UsageError where another number of them is there than was asked for."""
+        self.strategy: Strategy = choose(config, os.environ)
+        self.precision: Precision = config.precision
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-        PartialState(cpu=on_cpu)  # before the Accelerator, or it doesn't choose gloo on a machine without a GPU
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=PRECISION[config.precision])
-        self.rank: int = self.accelerator.process_index
-        self.num_ranks: int = self.accelerator.num_processes
-        self.is_main: bool = self.accelerator.is_main_process
-        self.device: torch.device = self.accelerator.device
+        self._ranks = PartialState(cpu=on_cpu)  # Accelerate's: it knows every launcher's words
+        self.rank: int = self._ranks.process_index
+        self.num_ranks: int = self._ranks.num_processes
+        self.is_main: bool = self._ranks.is_main_process
+        self.device = torch.device(self._ranks.device or "cpu")
         asked = config.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
         if self.num_ranks != asked:
             raise UsageError(
@@ -52,54 +57,23 @@ class Engine:
                 f"accelerate launch --num_processes {asked} (and without --cpu: it makes separate runs of one rank)"
             )
 
-    def prepare(self, model: Module, optimizer: Any) -> tuple[Module, Any]:
-        """Wrap the one module that trains, and its optimizer."""
-        prepared: tuple[Module, Any] = self.accelerator.prepare(model, optimizer)
-        return prepared
+    def autocast(self) -> AbstractContextManager[object]:
+        """What a frozen network computes in: the run's precision, over fp32 weights."""
+        return autocast(self.precision, self.device.type)
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move a batch.  float64 draws stay on the CPU: they become timesteps there."""
         return {k: v if v.dtype == torch.float64 else v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
-    def step(
-        self,
-        model: Module,
-        optimizer: Any,
-        micro_batches: Sequence[dict[str, Tensor]],
-        loss_of: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
-        *,
-        clip_norm: float,
-    ) -> StepResult:
-        """One optimizer step over all ranks.  `loss_of` gives a micro-batch's mean loss and its parts.
+    def sum_later(self, values: Mapping[str, Tensor | float]) -> Summed:
+        """Begin to sum scalars over the ranks, the same names in the same order on each.
 
-        Gradients are averaged over micro-batches and ranks, and reduced once.  A gradient that is not finite
-        reaches no weight: RunError.
+        To be called where every rank has come to the same point; the host does not wait.
         """
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                loss, parts = loss_of(self.to_device(batch))
-                self.accelerator.backward(loss / len(micro_batches))
-            for name, value in {"loss": loss, **parts}.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() / len(micro_batches)
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-        grad_norm = float(norm) if norm is not None else float("nan")
-        means = self.mean(torch.stack(list(sums.values())))
-        named = dict(zip(sums, means.tolist(), strict=True))
-        if not (torch.isfinite(means).all() and math.isfinite(grad_norm)):
-            raise RunError(f"loss {named['loss']}, gradient norm {grad_norm}: not finite; no weight was changed")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return StepResult(named.pop("loss"), named, grad_norm)
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean over ranks."""
-        if self.num_ranks == 1:
-            return value
-        reduced = value.clone()
-        dist.all_reduce(reduced)
-        return reduced / self.num_ranks
+        parts = [torch.as_tensor(v, device=self.device).detach().double().reshape(()) for v in values.values()]
+        total = torch.stack(parts)
+        work = dist.all_reduce(total, async_op=True) if self.num_ranks > 1 else None
+        return Summed(list(values), total, work)
 
     def main_does(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 and give its JSON-able result to every rank; an error there is raised on all."""
@@ -115,10 +89,14 @@ class Engine:
         if error is not None:
             raise error
         if "error" in answer:
-            raised = ERRORS.get(answer["error"], RunError)(answer["message"])
-            raised.add_note("echo")  # rank 0 says it
-            raise raised
+            raise self.common(ERRORS.get(answer["error"], RunError)(answer["message"]))
         return answer["value"]
+
+    def common(self, error: CommonError) -> CommonError:
+        """Note that every rank raises this error, so that rank 0 alone says it."""
+        if not self.is_main:
+            error.add_note("echo")
+        return error
 
     def _from_main(self, value: dict[str, Any]) -> dict[str, Any]:
         """Rank 0's JSON object on every rank (torch's own object collectives would pickle it)."""
@@ -151,7 +129,7 @@ class Engine:
 
     def wait(self) -> None:
         """Until every rank is here."""
-        self.accelerator.wait_for_everyone()
+        self._ranks.wait_for_everyone()
 
 
 def leave(code: int) -> NoReturn:

@@ -18,6 +18,10 @@ class RunError(Exception):
     """The work stopped half-way for a reason that can be named (a full disk, a NaN).  Programs exit with 1."""
 
 
+class PreemptedError(Exception):
+    """The work was told to stop, and has saved all that it had.  Programs exit with 1."""
+
+
 @contextmanager
 def blame(where: str) -> Generator[None]:
     """Let a UsageError from the block begin with `where`, and make one of an OSError or ValueError.

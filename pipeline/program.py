@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 from pipeline.config import Config
 from pipeline.config_file import find_config, load_config, raw_config
 from pipeline.engine import leave
-from pipeline.errors import RunError, SampleError, UsageError
+from pipeline.errors import PreemptedError, RunError, SampleError, UsageError
 from pipeline.run_folder import STATUS, InUseError, State, in_use, launched_rank, read_status, write_status
+from pipeline.stopping import SIGNALS
 
 DONE, FAILED, USAGE = 0, 1, 2
 Folder = Callable[[dict[str, Any]], Any]  # raw config → the folder whose status.json tells this program's outcome
@@ -116,7 +117,7 @@ def _status_folder(args: argparse.Namespace, folder: Folder) -> list[Path]:
 def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
     """Run; turn how it ends into an exit code, one line per error, and a status."""
     ender = _ender(status, os.getpid())
-    before = {polite: signal.signal(polite, ender) for polite in (signal.SIGTERM, signal.SIGINT)}
+    before = {polite: signal.signal(polite, ender) for polite in SIGNALS}
     try:
         work()
     except InUseError as error:
@@ -124,6 +125,11 @@ def _guard(work: Callable[[], None], debug: bool, status: list[Path]) -> int:
     except UsageError as error:
         _record(status, "usage", str(error), error)
         return _tell(error, USAGE, debug)
+    except PreemptedError as error:
+        _record(status, "preempted", str(error), error)
+        if launched_rank() == 0:
+            say(f"stopped by {error}; all is saved: run the same command again and it goes on")
+        return FAILED
     except Exception as error:
         named = isinstance(error, RunError)
         _record(status, "failed", str(error) if named else f"{type(error).__name__}: {error}", error)

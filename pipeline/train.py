@@ -31,11 +31,11 @@ from pipeline.data.pieces import ClassCondition, Diffusion, Moments, Piece, Pixe
 from pipeline.diffusion.objectives import simple_loss, target, timesteps
 from pipeline.diffusion.process import q_sample
 from pipeline.diffusion.schedule import make_schedule
-from pipeline.ema import profile_name
+from pipeline.ema import profiles
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.metrics.pictures import labelled_grid
-from pipeline.optim import build_adamw, learning_rate_at
+from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
@@ -68,7 +68,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
 
     def moments_of(x: Tensor) -> Tensor:
         """x [B,3,H,W] on any device → moments [B,2C,h,w]."""
-        with torch.no_grad(), engine.accelerator.autocast():
+        with torch.no_grad(), engine.autocast():
             return encode_moments(vae, x.to(engine.device))
 
     if config.data.train_latents is None:
@@ -97,21 +97,15 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config.diffusion.beta_end,
     ).to(engine.device)
     unet = build_unet(config.unet, config.conditioning, latent_shape, config.seed)
+    if config.engine.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     settings = config.optimizer
     training = Training(
         engine,
         run,
-        name="unet",
-        core=unet,
+        models={"unet": unet},
         module=unet,
-        optimizer=build_adamw(
-            unet,
-            learning_rate=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        ),
-        ema_decays=config.ema.decays,
+        profiles=profiles(config.ema),
         samples=samples,
         course=Course(
             steps=config.train.steps,
@@ -123,9 +117,16 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 schedule=settings.schedule,
                 warmup_steps=settings.warmup_steps,
                 total_steps=config.train.steps,
+                decay_start_steps=settings.decay_start_steps,
             ),
-            clip_norm=settings.gradient_clip_norm,
+            rule=UpdateRule(
+                betas=(settings.beta1, settings.beta2),
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+                clip_norm=settings.gradient_clip_norm,
+            ),
         ),
+        config=config,
         record={"latents": {name: described[name] for name in ("scale", "shift", "origin")}},
     )
 
@@ -145,13 +146,13 @@ def train(config: Config, args: argparse.Namespace) -> None:
         wanted = target(config.diffusion.prediction_type, z_0, batch["eps"], t, schedule)
         return simple_loss(prediction, wanted).mean(), {}
 
-    for step in training.steps(loss_of, data=config.data, saving=config.checkpoint, tracking=config.tracking):
-        if engine.is_main and step % config.evaluation.every_steps == 0:
-            averaged = training.ema.state()[profile_name(config.ema.decays[0])]
-            unet_now = sampler.frozen_unet(unet.config, averaged, engine.device)
-            names = config.conditioning.class_names
-            pipe = sampler.assemble(unet_now, vae, latent_scale, config.diffusion, names)
-            save_picture(run, step, config, pipe)
+    for step in training.steps(loss_of):
+        if step % config.evaluation.every_steps == 0:
+            averaged = training.learner.averaged("unet")
+            if engine.is_main:
+                unet_now = sampler.frozen_unet(unet.config, averaged, engine.device)
+                names = config.conditioning.class_names
+                save_picture(run, step, config, sampler.assemble(unet_now, vae, latent_scale, config.diffusion, names))
     engine.main_does(lambda: write_status(run, "done", step=config.train.steps))
     if engine.is_main:
         program.say(f"trained {config.train.steps} steps; the checkpoints are in {run / 'checkpoints'}")

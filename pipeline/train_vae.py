@@ -26,7 +26,7 @@ from pipeline.data.draws import Purpose, integer_seed
 from pipeline.data.pieces import Pixels, PosteriorNoise
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.optim import build_adamw, learning_rate_at
+from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Course, Training
 from vae.model import build, weights_sha256
@@ -72,13 +72,9 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     training = Training(
         engine,
         run,
-        name="autoencoder",
-        core=autoencoder,
+        models={"autoencoder": autoencoder},
         module=module,
-        optimizer=build_adamw(
-            module, learning_rate=settings.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-        ),
-        ema_decays=(),
+        profiles=(),
         samples=samples,
         course=Course(
             steps=settings.steps,
@@ -91,8 +87,9 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
                 warmup_steps=settings.warmup_steps,
                 total_steps=settings.steps,
             ),
-            clip_norm=settings.gradient_clip_norm,
+            rule=UpdateRule(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip_norm=settings.gradient_clip_norm),
         ),
+        config=config,
         record={},
     )
 
@@ -100,7 +97,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         output = model(batch["x"], batch["posterior_noise"])
         return autoencoder_loss(output, batch["x"], settings)
 
-    for _ in training.steps(loss_of, data=config.data, saving=config.checkpoint, tracking=config.tracking):
+    for _ in training.steps(loss_of):
         pass
 
     def finish() -> str:

@@ -1,34 +1,42 @@
-"""What every training does alike: resume, take steps, average, write down, save."""
+"""What every training does alike: resume, take steps, average, write down, save, stop.
+
+The loop does not wait for the step that it has just begun.  What a step found (its loss, whether all was finite, what
+was replaced, who wants to stop) is summed over the ranks on its way and read one step later, the same on every rank;
+meanwhile the weights are guarded on the device.  Before a checkpoint all is read.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from diffusers import ModelMixin
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
-from tqdm import tqdm
 
-from pipeline import checkpoint, program
-from pipeline.config import CheckpointConfig, DataConfig, TrackingConfig
-from pipeline.data.dataset import Samples, load_batches
+from pipeline import checkpoint, program, snapshots
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config
+from pipeline.data.dataset import Batch, Samples, load_batches
 from pipeline.data.order import DataState, check_ranks, rank_batches
-from pipeline.data.quarantine import BadSample, Count, Quarantine
-from pipeline.ema import Ema
-from pipeline.engine import Engine, StepResult
-from pipeline.errors import RunError, UsageError
-from pipeline.optim import load_moments, moments, set_learning_rate
+from pipeline.data.quarantine import BadSample, Count
+from pipeline.ema import Profile
+from pipeline.engine import Engine
+from pipeline.errors import PreemptedError, RunError, UsageError
+from pipeline.fitting import largest_that_fits
+from pipeline.journal import Journal, Taken
+from pipeline.learner import Learner, Model
+from pipeline.optim import UpdateRule
 from pipeline.run_folder import write_status
-from pipeline.tracking import Tracker
+from pipeline.saving import Saver
+from pipeline.stopping import REASONS, Stopping
+from pipeline.watchdog import Watchdog
 
-LossOf = Callable[[Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+LossOf = Callable[[Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -37,48 +45,46 @@ class Course:
 
     steps: int  # optimizer steps of the whole run
     global_batch_images: int
-    micro_batch_images: int | None  # per rank; None: the rank's whole share
+    micro_batch_images: int | Literal["auto"] | None  # per rank; None: the rank's whole share; auto: what fits
     learning_rate: Callable[[int], float]  # of each step, 0 the first
-    clip_norm: float
+    rule: UpdateRule
 
-    def rank_share(self, num_ranks: int) -> tuple[int, int]:
-        """(images per micro-batch, micro-batches per step) of one rank.  Raises UsageError."""
-        share = self.global_batch_images // num_ranks
-        micro = self.micro_batch_images or share
-        if share % micro:
+    def rank_share(self, num_ranks: int) -> int:
+        """Images of a step that fall to each rank.  Raises UsageError where micro-batches don't divide them."""
+        share, micro = self.global_batch_images // num_ranks, self.micro_batch_images
+        if isinstance(micro, int) and share % micro:
             raise UsageError(
                 f"micro_batch_images: {micro} came, but it must divide a rank's share of the batch, "
                 f"{self.global_batch_images} images / {num_ranks} ranks = {share}"
             )
-        return micro, share // micro
+        return share
 
 
 class Training:
-    """One model on its way: wrapped for the ranks, its averages, its place in the data, its run folder."""
+    """A learner on its way: its place in the data, its steps, its run folder."""
 
     def __init__(
         self,
         engine: Engine,
         run: Path,
         *,
-        name: str,
-        core: ModelMixin,
+        models: Mapping[str, Model],
         module: Module,
-        optimizer: Optimizer,
-        ema_decays: tuple[float, ...],
+        profiles: Sequence[Profile],
         samples: Samples,
         course: Course,
+        config: Config,
         record: dict[str, Any],
     ) -> None:
         """Take up the newest whole checkpoint in RUN/checkpoints, or begin.
 
-        `core` is the diffusers model whose weights are saved under `name`; `module` is what the ranks wrap: the core
-        itself or what holds it.  `record`: JSON that each checkpoint's state carries.  Raises UsageError where a
-        checkpoint belongs to other data.
+        `models`, `module`: see Learner.  `record`: JSON that each checkpoint's state carries.  Raises UsageError where
+        a checkpoint belongs to other data.
         """
         check_ranks(engine.num_ranks, lanes=samples.lanes, global_batch=course.global_batch_images)
-        self.engine, self.run, self.name, self.core = engine, run, name, core
-        self.samples, self.course, self.record = samples, course, record
+        self.engine, self.run, self.samples, self.course = engine, run, samples, course
+        self.config, self.record = config, record
+        self.step, self.num_spikes, self.micro, replaced = 0, 0, 0, Count()
         self.data = DataState(
             position=0,
             seed=samples.seed,
@@ -87,23 +93,192 @@ class Training:
             block=samples.block,
             data_fingerprint=samples.fingerprint,
         )
-        resumed = self._newest()
-        self.start = resumed.step if resumed else 0
-        self.replaced = Count(**resumed.state["quarantine"]) if resumed else Count()
-        if self.start > course.steps:
-            raise UsageError(f"{run}: has made {self.start} steps already, {course.steps} were asked for")
-        if resumed:  # weights before the ranks wrap the model, moments after
-            self.data.check_continues(resumed.state["data"])
-            self.data = DataState(**resumed.state["data"])
-            core.load_state_dict(resumed.weights(name))
-        core.to(engine.device)  # pyright: ignore[reportArgumentType]
-        self.ema = Ema(core, ema_decays)
-        self.model, self.optimizer = engine.prepare(module, optimizer)
-        if resumed:
-            self.ema.load(resumed.ema())
-            load_moments(self.optimizer, core, resumed.moments(name), self.start)
+        found = self._newest()
+        if found:
+            self.data.check_continues(found.state["data"])
+            self.data = DataState(**found.state["data"])
+            self.step, self.num_spikes, self.micro = (
+                found.step,
+                found.state["num_spikes"],
+                found.state["micro_batch_images"],
+            )
+            replaced = Count(**found.state["quarantine"])
+        if self.step > course.steps:
+            raise UsageError(f"{run}: has made {self.step} steps already, {course.steps} were asked for")
+        if profiles:
+            engine.main_does(lambda: self._set_snapshots_back(found))
+        self.learner = Learner(engine, models, module, profiles, rule=course.rule, config=config.engine)
+        if found:
+            self.learner.take_up(found)
+        self.saver = Saver(run / "checkpoints", rank=engine.rank, num_ranks=engine.num_ranks)
+        self.journal = Journal(
+            engine,
+            run,
+            config,
+            name=", ".join(models),
+            images_per_step=course.global_batch_images,
+            total_steps=course.steps,
+        )
+        self.journal.begin(self.step, self.data.position, replaced)
 
-    def _newest(self) -> checkpoint.Checkpoint | None:
+    def steps(self, loss_of: LossOf) -> Iterator[int]:
+        """Take the steps that are left; give the number of steps made after each, before it is saved.
+
+        Raises PreemptedError when it was told to stop, after saving.
+        """
+        share = self.course.rank_share(self.engine.num_ranks)
+        self.micro = self._micro_batch(share, loss_of)
+        num_micro, batches = share // self.micro, self._load(self.micro)
+        with ExitStack() as entered:
+            entered.callback(self.journal.close)
+            stopping = entered.enter_context(Stopping(self.config.train.limit_s))
+            watchdog = entered.enter_context(self._watchdog())
+            unread: Taken | None = None
+            while self.step < self.course.steps:
+                taken = self._take([next(batches) for _ in range(num_micro)], loss_of, stopping.code())
+                if unread is not None:
+                    self._read(unread)
+                unread = taken
+                watchdog.fed()
+                yield self.step
+                due = self.step % self.config.checkpoint.every_steps == 0 or self.step == self.course.steps
+                if due or self.journal.stop_code or self.journal.spike:
+                    self._read(unread)
+                    unread = None
+                    if self.journal.spike:
+                        self._set_back()
+                        continue
+                    self._save()
+                    watchdog.fed()
+                if self.journal.stop_code and self.step < self.course.steps:
+                    self.finish_saving()
+                    raise PreemptedError(f"{REASONS[self.journal.stop_code - 1]} after step {self.step}")
+            self.finish_saving()
+
+    def _micro_batch(self, share: int, loss_of: LossOf) -> int:
+        """Images of this rank in one forward pass."""
+        asked = self.course.micro_batch_images
+        if asked != "auto":
+            return asked or share
+        if self.micro and share % self.micro == 0:  # as it was found before: the sums round as they did
+            return self.micro
+        wrapped, scaler = self.learner.wrapped, self.learner.wrapped.scaler()
+
+        def attempt(size: int) -> None:
+            positions = rank_batches(
+                self.data.position,
+                None,
+                global_batch=self.course.global_batch_images,
+                micro_batch=size,
+                rank=self.engine.rank,
+                num_ranks=self.engine.num_ranks,
+            )
+            batch, _ = next(load_batches(self.samples, [next(positions)], workers=0, pin_memory=False))
+            with wrapped.micro_batch(last=True):
+                loss, _ = loss_of(wrapped.model, self.engine.to_device(batch))
+                wrapped.backward(loss * float("inf"))  # so that the step changes nothing
+            wrapped.step(0.0)
+
+        found = largest_that_fits(share, attempt, lambda fits: all(self.engine.gather(fits)))
+        wrapped.load_scaler(scaler)
+        if self.engine.is_main:
+            program.say(f"train.micro_batch_images: {found} of {share} images fit in one forward pass")
+        return found
+
+    def _load(self, micro: int) -> Iterator[tuple[Batch, list[BadSample]]]:
+        """This rank's micro-batches of the steps that are left; without end where the run may be set back."""
+        images, position = self.course.global_batch_images, self.data.position
+        stop = None if self.config.train.spike_factor else position + (self.course.steps - self.step) * images
+        return load_batches(
+            self.samples,
+            rank_batches(
+                position,
+                stop,
+                global_batch=images,
+                micro_batch=micro,
+                rank=self.engine.rank,
+                num_ranks=self.engine.num_ranks,
+            ),
+            workers=self.config.data.workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+
+    def _watchdog(self) -> Watchdog:
+        def tell(reason: str) -> None:
+            if self.engine.is_main:
+                write_status(self.run, "failed", reason=reason)
+
+        return Watchdog(self.run, self.engine.rank, self.config.train.hang_timeout_s, tell)
+
+    def _take(self, loaded: Sequence[tuple[Batch, list[BadSample]]], loss_of: LossOf, stop_code: int) -> Taken:
+        """One optimizer step; nothing of it is waited for."""
+        engine, wrapped, num_micro = self.engine, self.learner.wrapped, len(loaded)
+        learning_rate = self.course.learning_rate(self.step)
+        sums: dict[str, Tensor] = {}
+        for i, (batch, _) in enumerate(loaded):
+            with wrapped.micro_batch(last=i == num_micro - 1):
+                loss, parts = loss_of(wrapped.model, engine.to_device(batch))
+                wrapped.backward(loss / num_micro)
+            for name, value in {"loss": loss, **parts}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double() / (num_micro * engine.num_ranks)
+        report = wrapped.step(learning_rate)
+        self.learner.ema.update(wrapped.weights(), self.step)
+        replaced = [bad for _, of_batch in loaded for bad in of_batch]
+        scale = {"loss_scale": wrapped.loss_scale.scale / engine.num_ranks} if wrapped.loss_scale else {}
+        summed = engine.sum_later(
+            {
+                **sums,
+                **scale,
+                "grad_norm": report.grad_norm / engine.num_ranks,
+                "not_finite": ~report.finite,
+                "skipped": report.skipped / engine.num_ranks,
+                "replaced": len(replaced),
+                "save_failed": self.saver.failed(),
+                **{reason: stop_code == code for code, reason in enumerate(REASONS, start=1)},
+            }
+        )
+        position = self.data.position
+        self.step += 1
+        self.data = replace(self.data, position=position + self.course.global_batch_images)
+        return Taken(self.step, position, learning_rate, replaced, sums["loss"], summed)
+
+    def _read(self, taken: Taken) -> None:
+        """What a step found.  Before an error ends the run, the checkpoint under way is finished."""
+        try:
+            self.journal.read(taken)
+        except (RunError, UsageError):
+            self.finish_saving()
+            raise
+        if self.journal.save_failed:
+            self.finish_saving()
+
+    def _set_back(self) -> None:
+        """After a spike of the loss: models, averages and moments as the newest checkpoint has them; the data goes on.
+
+        Raises RunError where there is no checkpoint, or this happened too often.
+        """
+        spike, most = self.journal.spike, self.config.train.max_spikes
+        assert spike is not None
+        self.finish_saving()
+        self.num_spikes += 1
+        found = self._newest()
+        if found is None or self.num_spikes > most:
+            why = "there is no checkpoint to go back to" if found is None else f"train.max_spikes is {most}"
+            raise self.engine.common(RunError(f"{spike.told}: spike number {self.num_spikes}, and {why}"))
+        self.learner.take_up(found)
+        self.step = found.step
+        self.journal.begin(self.step, self.data.position, self.journal.quarantine.count)
+        row = {"step": spike.step, "back_to_step": self.step, "position": self.data.position, "why": spike.told}
+
+        def note() -> None:
+            self._set_snapshots_back(found)
+            with (self.run / "spikes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            program.say(f"warning: {spike.told}; back to {found.path.name}, with the data that follows")
+
+        self.engine.main_does(note)
+
+    def _newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, the same on every rank: rank 0 looks."""
 
         def look() -> str | None:
@@ -117,119 +292,47 @@ class Training:
         name = self.engine.main_does(look)
         return checkpoint.open_verified(self.run / "checkpoints" / name) if name else None
 
-    def steps(
-        self, loss_of: LossOf, *, data: DataConfig, saving: CheckpointConfig, tracking: TrackingConfig
-    ) -> Iterator[int]:
-        """Take the steps that are left; give the number of steps made after each, before it is saved."""
-        course, engine = self.course, self.engine
-        micro, num_micro = course.rank_share(engine.num_ranks)
-        batches = load_batches(
-            self.samples,
-            rank_batches(
-                self.data.position,
-                self.data.position + (course.steps - self.start) * course.global_batch_images,
-                global_batch=course.global_batch_images,
-                micro_batch=micro,
-                rank=engine.rank,
-                num_ranks=engine.num_ranks,
-            ),
-            workers=data.workers,
-            pin_memory=engine.device.type == "cuda",
+    def _set_snapshots_back(self, found: Checkpoint | None) -> None:
+        """Rank 0: keep the snapshots of averages up to what is taken up."""
+        every = self.config.ema.snapshot_every_steps
+        for path in snapshots.continue_from(found.path if found else None, self.run, every):
+            program.say(f"warning: removed {path}: a snapshot later than the checkpoint that is taken up")
+
+    def _save(self) -> None:
+        """Begin to write a checkpoint of this step, when the one before it is written."""
+        self.finish_saving()
+        state = {
+            "data": self.data.to_json(),
+            "quarantine": asdict(self.journal.quarantine.count),
+            "num_spikes": self.num_spikes,
+            "micro_batch_images": self.micro,
+            "optimizer": self.learner.optimizer_state(),
+            **self.record,
+        }
+        self.saver.begin(
+            self.step,
+            self.learner.shapes_by_stem(),
+            self.learner.tensors(),
+            {"state.json": checkpoint.state_document(self.step, state), **self.learner.configs()},
+            on_main=self.engine.main_does,
+            done=partial(self._saved, self.step),
         )
-        images = course.global_batch_images
-        quarantine = Quarantine(
-            self.run, data.quarantine, position=self.data.position, count=self.replaced, is_main=engine.is_main
-        )
-        with (
-            closing(
-                Tracker(self.run, after_step=self.start, tensorboard=tracking.tensorboard, is_main=engine.is_main)
-            ) as tracker,
-            tqdm(
-                total=course.steps * images,
-                initial=self.start * images,
-                desc=f"train {self.name}",
-                unit=" images",
-                dynamic_ncols=True,
-                disable=not engine.is_main,
-            ) as bar,
-        ):
-            since, step_since = time.monotonic(), self.start
-            for step in range(self.start, course.steps):
-                set_learning_rate(self.optimizer, learning_rate := course.learning_rate(step))
-                micro_batches, replaced = zip(*(next(batches) for _ in range(num_micro)), strict=True)
-                result, num_replaced = self._step(micro_batches, loss_of, sum(map(len, replaced)))
-                if num_replaced:
-                    self._set_apart(quarantine, [bad for of_batch in replaced for bad in of_batch])
-                self.ema.update(self.core, step)
-                self.data = replace(self.data, position=self.data.position + images)
-                done = step + 1
-                bar.update(images)
-                shown = {"step": done, "loss": f"{result.loss:.4f}"}
-                bar.set_postfix(
-                    shown | ({"replaced": self.replaced.total} if self.replaced.total else {}), refresh=False
-                )
-                if done % tracking.every_steps == 0 or done == course.steps:
-                    now = time.monotonic()
-                    row = {"step": done, "position": self.data.position, "loss": result.loss, **result.parts}
-                    row |= {
-                        "learning_rate": learning_rate,
-                        "grad_norm": result.grad_norm,
-                        "replaced": self.replaced.total,
-                    }
-                    tracker.write(row | {"images_per_s": (done - step_since) * images / (now - since)})
-                    since, step_since = now, done
-                yield done
-                if done % saving.every_steps == 0 or done == course.steps:
-                    self._save(done, saving)
 
-    def _step(
-        self, micro_batches: Sequence[dict[str, Tensor]], loss_of: LossOf, num_replaced: int
-    ) -> tuple[StepResult, int]:
-        """One optimizer step, and the number of samples replaced in it over all ranks; an error tells its place."""
-        # Among the loss's parts, which are averaged over micro-batches and ranks: no collective of its own.
-        counted = torch.tensor(float(num_replaced), device=self.engine.device)
+    def _saved(self, step: int, folder: Path) -> None:
+        """Rank 0, beside the training: a checkpoint has its name."""
+        if self.learner.ema.shadows and snapshots.is_due(step, self.config.ema.snapshot_every_steps):
+            snapshots.keep_snapshot(folder, self.run)
+        saving = self.config.checkpoint
+        checkpoint.prune(folder.parent, keep_last=saving.keep_last, keep_every_steps=saving.keep_every_steps)
+        write_status(self.run, "running", step=step)
 
-        def loss_and_count(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, parts = loss_of(self.model, batch)
-            return loss, {**parts, "replaced": counted}
-
+    def finish_saving(self) -> None:
+        """Wait for the save under way.  Raises RunError on every rank where it failed on one."""
+        said: str | None = None
         try:
-            result = self.engine.step(
-                self.model, self.optimizer, micro_batches, loss_and_count, clip_norm=self.course.clip_norm
-            )
+            self.saver.finish()
         except RunError as error:
-            first, last = self.data.position, self.data.position + self.course.global_batch_images - 1
-            raise RunError(
-                f"step {first // self.course.global_batch_images + 1}, positions {first} to {last}: {error}"
-            ) from error
-        return result, round(result.parts.pop("replaced") * self.engine.num_ranks)
-
-    def _set_apart(self, quarantine: Quarantine, replaced: list[BadSample]) -> None:
-        """Write down and count what all ranks replaced in this step.  Raises UsageError beyond a budget."""
-        found = [BadSample(**row) for rows in self.engine.gather([b.to_json() for b in replaced]) for row in rows]
-        if self.engine.is_main and self.replaced.total == 0:
-            bad = min(found, key=lambda bad: bad.position)
-            program.say(
-                f"warning: {bad.shard}: sample {bad.key!r}: {bad.reason}; it is replaced, as all like it will be "
-                f"(see {quarantine.path})"
-            )
-        quarantine.add(found)
-        self.replaced = quarantine.count
-
-    def _save(self, step: int, saving: CheckpointConfig) -> None:
-        def write() -> None:
-            checkpoint.save(
-                self.run / "checkpoints",
-                step,
-                name=self.name,
-                model=self.core,
-                moments=moments(self.optimizer, self.core),
-                ema=self.ema.state(),
-                state={"data": self.data.to_json(), "quarantine": asdict(self.replaced), **self.record},
-            )
-            checkpoint.prune(
-                self.run / "checkpoints", keep_last=saving.keep_last, keep_every_steps=saving.keep_every_steps
-            )
-            write_status(self.run, "running", step=step)
-
-        self.engine.main_does(write)
+            said = str(error)
+        failures = [one for one in self.engine.gather(said) if one is not None]
+        if failures:
+            raise self.engine.common(RunError(failures[0]))

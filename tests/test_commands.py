@@ -24,13 +24,14 @@ from pipeline.data.index import ShardSet
 from pipeline.run_folder import claim, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("train_vae", "encode", "train", "export", "sample", "evaluate")
+PROGRAMS = ("train_vae", "encode", "train", "reconstruct", "export", "sample", "evaluate")
 PURPOSES = {
     "prepare": "Make image shards",
     "index": "Check a folder of WebDataset tars",
     "train-vae": "Train the autoencoder on images",
     "encode": "Encode image shards into latent shards",
     "train": "Train the latent diffusion model",
+    "ema": "Average the weights over another length",
     "export": "into a diffusers folder",
     "sample": "Draw a labelled grid of images",
     "evaluate": "Score RUN/export",

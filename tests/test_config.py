@@ -238,7 +238,9 @@ def test_any_slip_in_any_key_is_refused_and_the_nearest_named(
         ("unet.block_out_channels=64", "64 came", "array"),
         ("unet.block_out_channels=[64, 1.5]", "unet.block_out_channels.1: 1.5 came", "integer"),
         ("ema.decays=[1.0]", "ema.decays.0: 1.0 came", "less than 1"),
-        ("ema.decays=[]", "[] came", "at least 1"),
+        ("ema.sigma_rels=[0.29]", "ema.sigma_rels.0: 0.29 came", "less than or equal to 0.28"),
+        ("ema.sigma_rels=[0]", "ema.sigma_rels.0: 0 came", "greater than 0"),
+        ("ema.snapshot_every_steps=0", "0 came", "greater than 0"),
         ("tracking.tensorboard=1", "1 came", "boolean"),
         ("run_dir=12", "12 came", "string"),
         ("run_dir=''", "'' came", "at least 1 character"),
@@ -275,12 +277,23 @@ def test_an_ill_typed_item_of_a_list_names_the_lists_line(path: Path) -> None:
         ("conditioning.class_names=[a, b]", "class_names has 2 entries, num_classes is 3"),
         ("conditioning.class_names=[a, b, a]", "class_names has a name twice"),
         ("evaluation.num_inference_steps=7", "evaluation.num_inference_steps=7 must divide"),
+        ("ema.decays=[]", "decays and sigma_rels are both empty"),
+        ("ema.decays=[0.9,0.99,0.9]", "decays names an average twice"),
+        ("ema.sigma_rels=[0.1,0.1]", "sigma_rels names an average twice"),
+        ("ema.snapshot_every_steps=1000", "snapshot_every_steps=1000 wants two sigma_rels at least"),
+        ("ema={sigma_rels: [0.05, 0.1], snapshot_every_steps: 1400}", "checkpoint.every_steps=1000; nearest: 1000"),
         ("vae.train.micro_batch_images=7", "micro_batch_images: 7 came, a divisor of global_batch_images"),
         ("vae.model.norm_num_groups=3", "positive multiples of norm_num_groups"),
     ],
 )
 def test_values_that_do_not_go_together(path: Path, override: str, told: str) -> None:
     assert told in refusal(path, override)
+
+
+def test_averages_of_one_kind_alone_are_enough(path: Path) -> None:
+    alone = load_config(path, ["ema.decays=[]", "ema.sigma_rels=[0.05,0.1]", "ema.snapshot_every_steps=3000"])
+    assert (alone.ema.decays, alone.ema.sigma_rels) == ((), (0.05, 0.1))
+    assert load_config(path).ema.sigma_rels == ()
 
 
 def test_a_mistake_of_two_places_names_both(path: Path) -> None:
@@ -476,6 +489,7 @@ def test_the_identity_holds_what_may_not_change(path: Path) -> None:
         "train.global_batch_images",
         "engine.precision",
         "ema.decays",
+        "ema.sigma_rels",
     } <= set(found)
 
 
@@ -497,8 +511,17 @@ def test_the_identity_holds_what_may_not_change(path: Path) -> None:
         "conditioning.class_names",
         "train.steps",
         "train.micro_batch_images",
+        "train.spike_factor",
+        "train.spike_window_steps",
+        "train.max_spikes",
+        "train.limit_s",
+        "train.hang_timeout_s",
         "engine.num_processes",
         "engine.device",
+        "engine.strategy",
+        "engine.offload_optimizer",
+        "engine.gradient_checkpointing",
+        "ema.snapshot_every_steps",
         "checkpoint",
         "evaluation",
         "tracking",

@@ -126,3 +126,12 @@ def losses(run: Path) -> list[tuple[int, int, float]]:
     """(step, position, loss) of every row of a run's metrics."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["position"], row["loss"]) for row in rows]
+
+
+def sealed_again(folder: Path) -> None:
+    """Give a checkpoint that was changed on purpose the manifest of what it is now."""
+    from pipeline import checkpoint
+
+    (folder / "manifest.json").unlink()
+    listed = {p.relative_to(folder).as_posix(): checkpoint.seal(p) for p in folder.rglob("*") if p.is_file()}
+    checkpoint.publish(folder.rename(folder.with_name("changed")), folder, listed)

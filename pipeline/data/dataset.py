@@ -184,7 +184,7 @@ def _as_it_is(batch: Any) -> Any:
 def _leave_signals_to_the_program(worker: int) -> None:
     """A signal to the whole job ends the program, and so its loaders; a loader that died first would look broken."""
     del worker
-    for polite in (signal.SIGTERM, signal.SIGINT):
+    for polite in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(polite, signal.SIG_IGN)
 
 

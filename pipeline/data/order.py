@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import count
 from math import lcm
 from typing import Any
 
@@ -146,10 +147,13 @@ class DataState:
 
 
 def rank_batches(
-    position: int, stop: int, *, global_batch: int, micro_batch: int, rank: int, num_ranks: int
+    position: int, stop: int | None, *, global_batch: int, micro_batch: int, rank: int, num_ranks: int
 ) -> Iterator[list[int]]:
-    """This rank's positions, one list per micro-batch, from `position` up to `stop` (both whole global batches)."""
-    for start in range(position, stop, global_batch):
+    """This rank's positions, one list per micro-batch, from `position` up to `stop` (both whole global batches).
+
+    `stop` None: without end.
+    """
+    for start in count(position, global_batch) if stop is None else range(position, stop, global_batch):
         mine = range(start + rank, start + global_batch, num_ranks)
         for first in range(0, len(mine), micro_batch):
             yield list(mine[first : first + micro_batch])

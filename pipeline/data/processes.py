@@ -54,7 +54,7 @@ def _work_all(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 def _end_with_parent() -> None:
     """A process of the pool: it leaves signals to the program, and does not outlive it."""
-    for polite in (signal.SIGTERM, signal.SIGINT):
+    for polite in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(polite, signal.SIG_IGN)
 
     def end() -> None:

@@ -20,6 +20,7 @@ from world import World, losses
 from pipeline import checkpoint
 
 KILLS = int(os.environ.get("KILLS", "10"))  # per case; the same test with more of them is the long run
+SIGNALS = int(os.environ.get("SIGNALS", "5"))
 STEPS = 24
 START_S = 0.3  # for another rank to join
 
@@ -40,19 +41,26 @@ def same_files(a: Path, b: Path) -> None:
     assert [name for name in first if first[name] != second[name]] == []
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("verb", ["train", "train_vae"])
-def test_killed_at_any_moment(world: World, verb: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("verb", "strategy", "ranks"),
+    [("train", "ddp", 1), ("train", "ddp", 2), ("train", "zero2", 2), ("train_vae", "ddp", 1), ("train_vae", "ddp", 2)],
+)
+def test_killed_at_any_moment(world: World, verb: str, strategy: str, ranks: int) -> None:
     """Checkpoints are saved in every step, so kills fall into saves as often as between them."""
-    words = ["checkpoint.every_steps=1", f"train.steps={STEPS}", f"vae.train.steps={STEPS}"]
+    words = [
+        f"engine.strategy={strategy}",
+        "checkpoint.every_steps=1",
+        f"train.steps={STEPS}",
+        f"vae.train.steps={STEPS}",
+    ]
     where = {"train": "run_dir", "train_vae": "vae.run_dir"}[verb]
     straight, killed = world.root / "straight", world.root / "killed"
     began = time.monotonic()
     assert world.do(verb, *words, f"{where}={straight}", ranks=ranks) == [0] * ranks, world.said()
     whole_run_s = time.monotonic() - began
-    chance = random.Random(f"{verb} {ranks}")
+    chance = random.Random(f"{verb} {strategy} {ranks}")
     reached: list[int] = []
-    for _ in range(KILLS):
+    for _ in range(KILLS if strategy == "ddp" else max(KILLS // 2, 4)):  # DeepSpeed takes seconds to begin
         started = world.start(verb, *words, f"{where}={killed}", ranks=ranks)
         time.sleep(chance.uniform(0.2, 1.0) * whole_run_s)
         kill(started)
@@ -83,16 +91,70 @@ def test_one_rank_killed_ends_the_other(world: World) -> None:
     assert world.do("train", "train.steps=60", "checkpoint.every_steps=5", ranks=2) == [0, 0], world.said()
 
 
-def test_an_interrupted_run_says_how_it_goes_on(world: World) -> None:
-    started = world.start("train", "train.steps=4000", "checkpoint.every_steps=2")
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_signalled_at_any_moment(world: World, strategy: str) -> None:
+    """Any rank may be told, while it takes steps, saves or draws: all stop at the same step, and lose nothing."""
+    words = ["checkpoint.every_steps=1", "evaluation.every_steps=3", "train.steps=40", f"engine.strategy={strategy}"]
+    straight, told = world.root / "straight", world.root / "told"
+    assert world.do("train", *words, f"run_dir={straight}", ranks=2) == [0, 0], world.said()
+    chance = random.Random(strategy)
+    stopped = 0
+    for _ in range(SIGNALS if strategy == "ddp" else 2):
+        before = len(list((told / "checkpoints").glob("step-*")))
+        rows = len(losses(told)) if before else 0
+        started = world.start("train", *words, f"run_dir={told}", ranks=2)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and (not (told / "metrics.jsonl").exists() or len(losses(told)) <= rows):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.2))
+        number = chance.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+        os.kill(int(started[chance.randrange(2)].pid or 0), number)
+        for process in started:
+            process.join(120)
+        if [process.exitcode for process in started] == [0, 0]:  # it was through already
+            shutil.rmtree(told)
+            continue
+        assert [process.exitcode for process in started] == [1, 1], world.said()
+        status = world.status(told)
+        found, wrong = checkpoint.newest(told / "checkpoints")
+        assert found is not None and not wrong
+        assert status == {"state": "preempted", "step": found.step, "reason": f"{number.name} after step {found.step}"}
+        assert losses(told)[-1][0] == found.step
+        stopped += 1
+    assert stopped > 0 and "Traceback" not in world.said()
+    assert world.do("train", *words, f"run_dir={told}", ranks=2) == [0, 0], world.said()
+    same_files(straight / "checkpoints" / "step-000000040", told / "checkpoints" / "step-000000040")
+    assert losses(straight) == losses(told)
+
+
+def test_a_second_signal_ends_it_at_once(world: World) -> None:
+    started = world.start("train", "train.steps=100000", "checkpoint.every_steps=2")
     deadline = time.monotonic() + 120
     while not list((world.run_dir / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(int(started[0].pid or 0), signal.SIGTERM)
+    pid = int(started[0].pid or 0)
+    os.kill(pid, signal.SIGSTOP)  # so that both are waiting when it goes on
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGCONT)
     started[0].join(60)
-    assert started[0].exitcode == 1
-    assert world.status()["state"] == "preempted" and world.status()["step"] >= 2
+    assert started[0].exitcode == 1 and world.status()["state"] == "preempted"
     assert "run the same command again and it goes on" in world.said() and "Traceback" not in world.said()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "sample"])
+def test_signalled_while_it_draws(world: World, verb: str) -> None:
+    """The training's folder stays as it was, and the same command goes on."""
+    assert world.do("train") == [0], world.said()
+    assert world.do("export") == [0], world.said()
+    words = ("evaluation.num_images=4000", "evaluation.num_inference_steps=100", "evaluation.batch_images=8")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        started = world.start(verb, *words)
+        time.sleep(4)
+        os.kill(int(started[0].pid or 0), number)
+        started[0].join(60)
+        assert started[0].exitcode in (0, 1) and "Traceback" not in world.said()
+    found, wrong = checkpoint.newest(world.run_dir / "checkpoints")
+    assert found is not None and not wrong and world.status()["state"] == "done"
 
 
 def test_a_run_folder_is_written_by_one_process(world: World) -> None:

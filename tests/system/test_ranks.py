@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from world import World, free_port, losses
 
 BIN = Path(sys.executable).parent
@@ -41,6 +42,8 @@ def launch(world: World, command: list[str], out: Path, **env: str) -> subproces
     """Run a launcher's command line from a folder that is not the project's."""
     root = Path(__file__).resolve().parents[2]
     words = [str(root / "pipeline" / "train.py"), str(world.config), f"run_dir={out}", "train.steps=4"]
+    if "ENGINE" in env:
+        words.append(f"engine.strategy={env.pop('ENGINE')}")
     return subprocess.run(
         [*command, *words],
         cwd=world.root,
@@ -74,3 +77,18 @@ def test_accelerate_and_torchrun_start_the_same_run(world: World) -> None:
 def test_fewer_ranks_than_asked_for_are_refused(world: World) -> None:
     assert world.do("train", "engine.num_processes=2") == [2]
     assert "2 ranks were asked for, 1 came" in world.said() and "Traceback" not in world.said()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_a_shipped_engine_config_starts_the_same_run(world: World, strategy: str) -> None:
+    """accelerate launch --config_file says the strategy; the run's config says auto, or the same, or is refused."""
+    config = Path(__file__).resolve().parents[2] / "configs" / "engine" / f"{strategy}.yaml"
+    command = [str(BIN / "accelerate"), "launch", "--config_file", str(config), "--num_processes", "2"]
+    command += ["--main_process_port", str(free_port())]
+    done = launch(world, command, world.root / strategy)
+    assert done.returncode == 0, done.stderr
+    assert world.do("train", f"run_dir={world.root / 'ddp'}", "train.steps=4", ranks=2) == [0, 0], world.said()
+    for a, b in zip(losses(world.root / "ddp"), losses(world.root / strategy), strict=True):
+        assert a[:2] == b[:2] and abs(a[2] - b[2]) <= 1e-6 * a[2]
+    other = launch(world, [*command[:-1], str(free_port())], world.root / "other", ENGINE="ddp")
+    assert other.returncode == 1 and "engine.strategy: ddp in the run's config" in other.stderr

@@ -1,0 +1,153 @@
+"""What a training writes down of its steps, and what ends it there."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from statistics import median
+
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline import program
+from pipeline.config import Config
+from pipeline.data.quarantine import BadSample, Count, Quarantine
+from pipeline.engine import Engine, Summed
+from pipeline.errors import RunError
+from pipeline.stopping import REASONS
+from pipeline.tracking import Tracker
+
+NO_PARTS = ("loss", "grad_norm", "not_finite", "skipped", "replaced", "save_failed", *REASONS)  # of the loss
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken, and what is still to be read of it."""
+
+    step: int  # optimizer steps made with it
+    position: int  # where its samples begin
+    learning_rate: float
+    replaced: list[BadSample]  # by this rank
+    loss: Tensor  # this rank's part of the mean
+    summed: Summed
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss far above those before it."""
+
+    step: int
+    told: str
+
+
+class Journal:
+    """Rows by step, the progress bar, the quarantine, and the verdicts that are the same on every rank."""
+
+    def __init__(
+        self, engine: Engine, run: Path, config: Config, *, name: str, images_per_step: int, total_steps: int
+    ) -> None:
+        """`name`: of what trains, for the bar."""
+        self.engine, self.run, self.config = engine, run, config
+        self.images, self.total_steps = images_per_step, total_steps
+        self.losses: deque[float] = deque(maxlen=config.train.spike_window_steps)
+        self.spike: Spike | None = None
+        self.save_failed = False
+        self.stop_code = 0  # place in REASONS, from 1, of why any rank was asked to stop
+        self.bar = tqdm(
+            total=total_steps * images_per_step,
+            desc=f"train {name}",
+            unit=" images",
+            dynamic_ncols=True,
+            disable=not engine.is_main,
+        )
+        self.tracker: Tracker | None = None
+
+    def begin(self, step: int, position: int, replaced: Count) -> None:
+        """Go on after `step` and at `position`: rows of later ones belong to work that was lost."""
+        self._close_rows()
+        is_main, tracking = self.engine.is_main, self.config.tracking
+        self.tracker = Tracker(self.run, after_step=step, tensorboard=tracking.tensorboard, is_main=is_main)
+        self.quarantine = Quarantine(
+            self.run, self.config.data.quarantine, position=position, count=replaced, is_main=is_main
+        )
+        self.bar.n = self.bar.initial = step * self.images
+        self.spike = None
+        self.losses.clear()
+        self.since, self.step_since = time.monotonic(), step
+
+    def close(self) -> None:
+        """Flush what was written."""
+        self._close_rows()
+        self.bar.close()
+
+    def _close_rows(self) -> None:
+        if self.tracker is not None:
+            with suppress(OSError):  # on a disk that is full, which has been told
+                self.tracker.close()
+            self.tracker = None
+
+    def read(self, taken: Taken) -> None:
+        """Wait for what a step found, and write it down.
+
+        Raises, on every rank, RunError for what is not finite and UsageError beyond a budget of bad samples.
+        """
+        found = taken.summed.read()
+        self.save_failed = self.save_failed or found["save_failed"] > 0
+        self.stop_code = self.stop_code or next((c for c, r in enumerate(REASONS, start=1) if found[r]), 0)
+        if found["not_finite"] or not isfinite(found["loss"]):  # fp16 tries a smaller scale, which mends no loss
+            ranks = [rank for rank, fine in enumerate(self.engine.gather(bool(taken.loss.isfinite()))) if not fine]
+            where = f" (rank {ranks[0]})" if ranks else ""
+            raise self.engine.common(
+                RunError(
+                    f"step {taken.step}, positions {taken.position} to {taken.position + self.images - 1}: loss "
+                    f"{found['loss']}{where}, gradient norm {found['grad_norm']}: not finite; it changed no weight"
+                )
+            )
+        if found["replaced"]:
+            self._set_apart(taken.replaced)
+        self._look_for_a_spike(taken.step, found["loss"])
+        self.bar.update(self.images)
+        shown = {"step": taken.step, "loss": f"{found['loss']:.4f}"}
+        if self.quarantine.count.total:
+            shown["replaced"] = self.quarantine.count.total
+        self.bar.set_postfix(shown, refresh=False)
+        if taken.step % self.config.tracking.every_steps == 0 or taken.step == self.total_steps:
+            self._write(taken, found)
+
+    def _write(self, taken: Taken, found: dict[str, float]) -> None:
+        now = time.monotonic()
+        row = {"step": taken.step, "position": taken.position + self.images, "loss": found["loss"]}
+        row |= {name: value for name, value in found.items() if name not in NO_PARTS}
+        row |= {"learning_rate": taken.learning_rate}
+        if isfinite(found["grad_norm"]):  # not where fp16 overflowed: JSON has no infinity
+            row |= {"grad_norm": found["grad_norm"]}
+        row |= {"replaced": self.quarantine.count.total}
+        if "loss_scale" in found:
+            row |= {"skipped": found["skipped"]}
+        assert self.tracker is not None  # `begin` came before
+        self.tracker.write(row | {"images_per_s": (taken.step - self.step_since) * self.images / (now - self.since)})
+        self.since, self.step_since = now, taken.step
+
+    def _look_for_a_spike(self, step: int, loss: float) -> None:
+        factor = self.config.train.spike_factor
+        if factor is not None and self.spike is None and len(self.losses) == self.losses.maxlen:
+            middle = median(self.losses)
+            if loss > factor * middle:
+                self.spike = Spike(step, f"step {step}: loss {loss:.4g} after a median of {middle:.4g}")
+        self.losses.append(loss)
+
+    def _set_apart(self, replaced: list[BadSample]) -> None:
+        """Write down and count what all ranks replaced in a step."""
+        rows = self.engine.gather([bad.to_json() for bad in replaced])
+        found = [BadSample(**row) for of_rank in rows for row in of_rank]
+        if self.engine.is_main and self.quarantine.count.total == 0:
+            bad = min(found, key=lambda bad: bad.position)
+            program.say(
+                f"warning: {bad.shard}: sample {bad.key!r}: {bad.reason}; it is replaced, as all like it will be "
+                f"(see {self.quarantine.path})"
+            )
+        self.quarantine.add(found)
