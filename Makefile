@@ -14,7 +14,7 @@ help:
 	@echo "make demo         train a latent diffusion model on real handwritten digits and look at what it draws"
 	@echo "make test         lint, types and the test suite"
 	@echo "make system-test  several ranks, kills, restarts, a full disk"
-	@echo "make soak         the kill tests at full count; writes benchmarks/results/kills.jsonl"
+	@echo "make soak         kills, signals, failing disks and strategies at full count, hours; writes benchmarks/results/soak.jsonl"
 	@echo "make env          .venv with the locked versions (the targets above call it)"
 	@echo "make clean        remove what demo made: data/digits and runs/digits_*"
 
@@ -70,7 +70,7 @@ system-test: env
 # What takes longer than a test may: its lines are committed.
 soak: env
 	mkdir -p benchmarks/results
-	set -o pipefail; $(BIN)/python benchmarks/kills.py | grep '^{' | tee benchmarks/results/kills.jsonl
+	set -o pipefail; $(BIN)/python benchmarks/soak.py | tee benchmarks/results/soak.jsonl
 
 clean:
 	rm -rf data/digits runs/digits_class runs/digits_vae
