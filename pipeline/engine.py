@@ -70,10 +70,16 @@ class Engine:
 
         To be called where every rank has come to the same point; the host does not wait.
         """
-        parts = [torch.as_tensor(v, device=self.device).detach().double().reshape(()) for v in values.values()]
-        total = torch.stack(parts)
+        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        on_host = {name: float(value) for name, value in values.items() if not isinstance(value, Tensor)}
+        total = torch.cat(  # one copy to the device, not one for each number
+            [
+                torch.tensor(list(on_host.values()), dtype=torch.float64).to(self.device, non_blocking=True),
+                *(value.detach().double().reshape(1) for value in on_device.values()),
+            ]
+        )
         work = dist.all_reduce(total, async_op=True) if self.num_ranks > 1 else None
-        return Summed(list(values), total, work)
+        return Summed([*on_host, *on_device], total, work)
 
     def main_does(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 and give its JSON-able result to every rank; an error there is raised on all."""

@@ -141,6 +141,7 @@ class Training:
                 unread = taken
                 watchdog.fed()
                 yield self.step
+                watchdog.fed()  # whatever was done meanwhile
                 due = self.step % self.config.checkpoint.every_steps == 0 or self.step == self.course.steps
                 if due or self.journal.stop_code or self.journal.spike:
                     self._read(unread)
