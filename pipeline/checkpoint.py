@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def state_document(step: int, state: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "step": step, **state, "versions": _versions()}
 
 
+@cache
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 

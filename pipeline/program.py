@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from pipeline.run_folder import STATUS, InUseError, State, in_use, launched_rank
 from pipeline.stopping import SIGNALS
 
 DONE, FAILED, USAGE = 0, 1, 2
+LET_MAIN_SPEAK_S = 3.0  # seconds that other ranks wait before they end for a reason that rank 0 says
 Folder = Callable[[dict[str, Any]], Any]  # raw config → the folder whose status.json tells this program's outcome
 
 
@@ -150,6 +152,7 @@ def _tell(error: Exception, code: int, debug: bool = False) -> int:
         traceback.print_exception(error)
     told_by_main = _is_echo(error) or (isinstance(error, UsageError) and not isinstance(error, SampleError))
     if told_by_main and launched_rank() != 0:
+        time.sleep(LET_MAIN_SPEAK_S)  # a launcher ends all ranks when the first of them does
         return code
     named = isinstance(error, UsageError | RunError)
     prefix = "error" if launched_rank() == 0 else f"error: rank {launched_rank()}"

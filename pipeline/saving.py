@@ -79,6 +79,7 @@ class Saver:
 
     def __init__(self, folder: Path, *, rank: int, num_ranks: int, max_file_bytes: int = MAX_FILE_BYTES) -> None:
         self.folder, self.rank, self.num_ranks, self.max_file_bytes = folder, rank, num_ranks, max_file_bytes
+        self._held: dict[tuple[str, str], Tensor] = {}  # fp32 on the host: what this rank wrote last
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -112,17 +113,27 @@ class Saver:
         planned = plan_files(shapes, self.num_ranks, self.max_file_bytes)
         owners = {(stem, name): file for stem, of in planned.items() for file in of for name in file.names}
         mine: dict[str, dict[str, Tensor]] = {}
+        on_device = False
         for stem, name, tensor in tensors:
             file = owners[stem, name]
             if file.rank == self.rank:
-                # A copy, never a view: the training goes on to change it, and safetensors refuses shared storage.
-                whole = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-                mine.setdefault(file.path, {})[name] = whole
+                mine.setdefault(file.path, {})[name] = self._copied(stem, name, tensor)
+                on_device = on_device or tensor.is_cuda
+        if on_device:
+            torch.cuda.synchronize()
         documents = {**documents, **indices(shapes, planned)}
         self._thread = threading.Thread(
             target=self._write, args=(step, aside, mine, documents, done), name=f"save step {step}", daemon=True
         )
         self._thread.start()
+
+    def _copied(self, stem: str, name: str, tensor: Tensor) -> Tensor:
+        """A copy in host memory, in the place of the last save's: asking for memory anew takes as long as copying."""
+        place = self._held.get((stem, name))
+        if place is None:
+            place = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+            self._held[stem, name] = place
+        return place.copy_(tensor.detach(), non_blocking=True)
 
     def failed(self) -> bool:
         """Whether the save under way has failed on this rank."""
@@ -162,7 +173,7 @@ class Saver:
         listed: dict[str, Any] = {}
         for path in sorted(mine):
             (aside / path).parent.mkdir(parents=True, exist_ok=True)
-            save_file(mine.pop(path), aside / path, metadata={"format": "pt"})  # its memory is given back at once
+            save_file(mine[path], aside / path, metadata={"format": "pt"})
             listed[path] = checkpoint.seal(aside / path)
         if self.rank != 0:
             files.write_json(_note(aside, self.rank), {"files": listed})
