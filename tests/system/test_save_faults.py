@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_run import Run
@@ -23,12 +24,13 @@ from pipeline.saving import Saver
 FAULTS = int(os.environ.get("FAULTS", "4"))  # system calls that fail, of all that a save makes; 0: each of them
 CALLS = ("openat", "write", "pwrite64", "ftruncate", "fsync", "fdatasync", "rename", "renameat", "renameat2", "mkdir")
 ERRORS = ("ENOSPC", "EIO")
+TOLD_BYTES = 4000
 
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
 
-def save_under_watch(folder: str, told: str) -> None:
-    """Save step 1, stop until somebody watches, save step 2, then step 3; write down what the saves said."""
+def save_under_watch(folder: str, told: Any) -> None:
+    """Save step 1, stop until somebody watches, save step 2; leave what that said in shared memory, without a call."""
     run, saver = Run(), Saver(Path(folder), rank=0, num_ranks=1)
     run.step(1)
     run.begin(saver, 1)
@@ -41,14 +43,15 @@ def save_under_watch(folder: str, told: str) -> None:
         saver.finish()
     except RunError as error:
         said = str(error)
-    Path(told).write_text(said, encoding="utf-8")
+    told.value = said.encode()[:TOLD_BYTES]
 
 
 def watched(root: Path, *inject: str) -> tuple[str, list[str]]:
     """What the second save said, and the system calls that it made in the folder of checkpoints."""
-    folder, told, trace = root / "checkpoints", root / "told.txt", root / "trace.txt"
+    folder, trace = root / "checkpoints", root / "trace.txt"
+    told = FORKSERVER.RawArray("c", TOLD_BYTES + 1)
     shutil.rmtree(folder, ignore_errors=True)
-    process = FORKSERVER.Process(target=save_under_watch, args=(str(folder), str(told)))
+    process = FORKSERVER.Process(target=save_under_watch, args=(str(folder), told))
     process.start()
     while not _is_stopped(int(process.pid or 0)):
         time.sleep(0.01)
@@ -62,7 +65,7 @@ def watched(root: Path, *inject: str) -> tuple[str, list[str]]:
     tracer.wait(30)
     assert process.exitcode == 0
     lines = [line for line in trace.read_text().splitlines() if str(folder) in line]
-    return told.read_text(encoding="utf-8"), lines
+    return told.value.decode(), lines
 
 
 def _is_stopped(pid: int) -> bool:
