@@ -18,9 +18,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import Module
 
-from pipeline import checkpoint, program, snapshots
+from pipeline import checkpoint, files, program, snapshots
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config
+from pipeline.config import Config, identity
 from pipeline.data.dataset import Batch, Samples, load_batches
 from pipeline.data.order import DataState, check_ranks, rank_batches
 from pipeline.data.quarantine import BadSample, Count
@@ -303,6 +303,7 @@ class Training:
         """Begin to write a checkpoint of this step, when the one before it is written."""
         self.finish_saving()
         state = {
+            "config_fingerprint": files.fingerprint(identity(self.config, tuple(Config.model_fields))),
             "data": self.data.to_json(),
             "quarantine": asdict(self.journal.quarantine.count),
             "num_spikes": self.num_spikes,
