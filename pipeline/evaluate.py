@@ -127,8 +127,8 @@ def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, gui
 def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float, list[Path]]) -> Scores:
     """Metric name → value, for the reconstructions, the validation images and each guidance scale."""
     run = Path(config.run_dir)
-    train, train_labels = read_set("data.train_images", config.data.train_images[0], config)
-    validation, validation_labels = read_set("data.validation_images", str(config.data.validation_images), config)
+    train, train_labels = read_sets("data.train_images", config.data.train_images, config)
+    validation, validation_labels = read_sets("data.validation_images", (str(config.data.validation_images),), config)
     program.say("fitting the classifier on the real training images")
     classifier = ImageClassifier(config.seed).fit(train, train_labels)
     scores: Scores = {
@@ -158,21 +158,24 @@ def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float,
     return scores
 
 
-def read_set(key: str, folder: str, config: Config) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A set's images and labels; those that can't be read are told and left out."""
-    with blame(key):
-        pixels, labels, bad = read_images(
-            folder,
-            size=config.data.image_size,
-            limit=config.evaluation.max_reference_images,
-            remote=config.data.remote,
-        )
-    if bad:
-        program.say(
-            f"warning: {key}: {len(bad)} of {len(bad) + len(pixels)} samples can't be read and are left out; the "
-            f"first: {bad[0].shard}: sample {bad[0].key!r}: {bad[0].reason}"
-        )
-    return pixels, labels
+def read_sets(key: str, folders: Sequence[str], config: Config) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images and labels of sets, as many of each at most; those that can't be read are told and left out."""
+    pixels: list[NDArray[np.uint8]] = []
+    labels: list[NDArray[np.int64]] = []
+    limit = max(1, config.evaluation.max_reference_images // len(folders))
+    for folder in folders:
+        with blame(key):
+            found, of_found, bad = read_images(
+                folder, size=config.data.image_size, limit=limit, remote=config.data.remote
+            )
+        pixels.append(found)
+        labels.append(of_found)
+        if bad:
+            program.say(
+                f"warning: {key}: {len(bad)} of {len(bad) + len(found)} samples can't be read and are left out; the "
+                f"first: {bad[0].shard}: sample {bad[0].key!r}: {bad[0].reason}"
+            )
+    return np.concatenate(pixels), np.concatenate(labels)
 
 
 def mean_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch_images: int) -> float:

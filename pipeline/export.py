@@ -194,7 +194,7 @@ its own for this U-Net.
 
 | | |
 |---|---|
-| data | image shards `{config.data.train_images}`, fingerprint `{origin["source_fingerprint"][:16]}` |
+| data | image shards `{", ".join(config.data.train_images)}`, fingerprint `{origin["source_fingerprint"][:16]}` |
 | autoencoder | `{origin["vae_sha256"][:16]}`, latents scaled by {found.state["latents"]["scale"]:.6g} |
 | objective | {diffusion.prediction_type}, {diffusion.schedule} schedule, T = {diffusion.num_timesteps} |
 | steps | {found.step:,} of {config.train.global_batch_images} images ({images_seen:,} images seen) |
