@@ -1,70 +1,94 @@
-"""The training objective along its road: a uniform number → t → what the network should say → its loss."""
+"""What training minimises: a clean latent, a uniform number and noise → what the network sees → its loss.
 
-from typing import overload
+An objective is a pair of pure functions: `noised` makes the network's input, `loss` one number for each sample of its
+output.  Here is DDPM's, with every weighting and the learned variance; `edm` and `flow` have one each.
+"""
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
 from torch import Tensor
 
-from pipeline.diffusion.process import check_shapes, result_dtype, v_from
-from pipeline.diffusion.schedule import PredictionType, Schedule
+from pipeline.diffusion.densities import timesteps
+from pipeline.diffusion.likelihood import vlb_term
+from pipeline.diffusion.process import (
+    check_shapes,
+    learned_log_variance,
+    p_mean,
+    q_sample,
+    result_dtype,
+    score_from_eps,
+    v_from,
+)
+from pipeline.diffusion.schedule import PredictionType, Schedule, VarianceType
 
 
-@overload
-def stratified(u_0: float, slot: int, num_slots: int) -> float: ...
-@overload
-def stratified(u_0: float, slot: NDArray[np.int64], num_slots: int) -> NDArray[np.float64]: ...
-@overload
-def stratified(u_0: NDArray[np.float64], slot: int | NDArray[np.int64], num_slots: int) -> NDArray[np.float64]: ...
-@overload
-def stratified(u_0: float, slot: Tensor, num_slots: int) -> Tensor: ...
-@overload
-def stratified(u_0: Tensor, slot: int | Tensor, num_slots: int) -> Tensor: ...
+class Noised(NamedTuple):
+    """A noised latent, as a network sees it."""
+
+    z: Tensor  # [B,C,h,w]
+    time: Tensor  # [B], what the network is told: t, int64, or another number, float32
+    level: Tensor  # [B], the time in the objective's own unit
 
 
-def stratified(
-    u_0: float | NDArray[np.float64] | Tensor, slot: int | NDArray[np.int64] | Tensor, num_slots: int
-) -> float | NDArray[np.float64] | Tensor:
-    """(u_0 + slot/num_slots) mod 1, the low-discrepancy draw of VDM (Kingma et al. 2021) appendix I.1.
+class Objective(Protocol):
+    """A way to train a denoiser.  z_0, eps [B,C,h,w]; u float64 [B] in [0,1), on the CPU."""
 
-    One u_0, uniform on [0, 1), serves all num_slots slots of a global batch. Each slot's number is uniform
-    again, so the loss stays unbiased; together they visit each of num_slots equal strata once, so its
-    variance falls. Python numbers, numpy arrays or CPU tensors, which broadcast; u_0 and the result
-    float64, slot integers. The result is always below 1.
+    def noised(self, z_0: Tensor, u: Tensor, eps: Tensor) -> Noised:
+        """What the network sees."""
+        ...
 
-    Raises ValueError: num_slots below 1, u_0 outside [0, 1), slot outside [0, num_slots).
+    def loss(self, output: Tensor, z_0: Tensor, eps: Tensor, noised: Noised) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network's output → a loss for each sample, [B], and its parts by name, detached, [B] each.
+
+        All of them float32, or float64 where output, z_0 or eps is float64.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ddpm:
+    """DDPM (Ho et al. 2020) Algorithm 1: ε, v or z_0 under a weighting, and with learned_range the variance too.
+
+    The hybrid of Nichol & Dhariwal 2021 eq. 16, L_simple + λ L_vlb, in the units of their code: the mean square error,
+    beside it vlb_weight · T/1000 · the term of L_vlb in bits/dim.  The bound's gradient goes to the variance alone.
     """
-    if num_slots < 1:
-        raise ValueError(f"num_slots must be at least 1, got {num_slots}")
-    # A u_0 just below 0 would come out as exactly 1, the one value that must not come out.
-    if not bool(torch.as_tensor((u_0 >= 0) & (u_0 < 1)).all()):
-        raise ValueError(f"u_0 must lie in [0, 1), got {u_0}")
-    if not bool(torch.as_tensor((slot >= 0) & (slot < num_slots)).all()):
-        raise ValueError(f"slot must lie in [0, {num_slots}), got {slot}")
-    if isinstance(slot, Tensor):
-        slot = slot.double()  # torch divides integers in float32
-    # For a sum in [0, 2) the remainder is exact: a sum that rounds up to 1 gives 0, and no other reaches 1.
-    return (u_0 + slot / num_slots) % 1.0
 
+    schedule: Schedule
+    prediction_type: PredictionType
+    weights: Tensor  # float64 [T], of `weightings.weights`, on the schedule's device
+    density: Tensor  # float64 [T], of `densities`, on the CPU
+    variance_type: VarianceType = "fixed_large"
+    vlb_weight: float = 1.0
+    importance: Tensor = field(init=False)  # 1/(T p_t), which keeps the mean over t that of a uniform t; float64 [T]
 
-def timesteps(u: Tensor, num_timesteps: int) -> Tensor:
-    """t = floor(u·T), so that a uniform u [B], float64 in [0, 1), gives t [B], int64, uniform on 0..T-1.
+    def __post_init__(self) -> None:
+        importance = (1 / self.schedule.num_timesteps) / self.density  # in this order exactly 1 for a uniform p
+        object.__setattr__(self, "importance", importance.to(self.weights.device))
 
-    u is drawn on the CPU; anywhere else the check of its range would make the host wait.
+    def noised(self, z_0: Tensor, u: Tensor, eps: Tensor) -> Noised:
+        """z_t ~ q(z_t | z_0) at t ~ density."""
+        t = timesteps(u, self.density).to(z_0.device)
+        return Noised(q_sample(z_0, t, eps, self.schedule), t, t)
 
-    Raises ValueError: num_timesteps below 1, u not a float64 vector, u outside [0, 1).
-    """
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
-    # float32 would not do: a draw close to 1 rounds to 1, and 2^24 values fall unevenly on T bins.
-    if u.dtype != torch.float64 or u.ndim != 1:
-        raise ValueError(f"u must be a float64 vector [B], got {u.dtype} of shape {list(u.shape)}")
-    if not bool(((u >= 0) & (u < 1)).all()):
-        raise ValueError(f"u must lie in [0, 1), got values from {u.min().item()} to {u.max().item()}")
-    # u < 1 alone does not keep the rounded product u·T below T. Rounding to the nearest does, even for the
-    # largest u, 1 - 2^-53; the clamp keeps the index in range should a device round another way.
-    return (u * num_timesteps).floor().long().clamp(max=num_timesteps - 1)
+    def loss(self, output: Tensor, z_0: Tensor, eps: Tensor, noised: Noised) -> tuple[Tensor, dict[str, Tensor]]:
+        """w_t ‖target - prediction‖² / (T p_t), and with a learned variance λ times the term of the bound."""
+        t, schedule = noised.level, self.schedule
+        weight, importance = self.weights[t], self.importance[t]  # float64 [B]
+        wanted = target(self.prediction_type, z_0, eps, t, schedule)
+        if self.variance_type != "learned_range":
+            simple = simple_loss(output, wanted)
+            return (importance * weight * simple).to(simple.dtype), {}
+        prediction, log_variance = learned_log_variance(output, t, schedule)
+        simple = simple_loss(prediction, wanted)
+        # Detached, so that the bound teaches the variance alone: Nichol & Dhariwal 2021 section 3.1.
+        mean = p_mean(prediction.detach(), noised.z, t, schedule, self.prediction_type)
+        bits = vlb_term(z_0, noised.z, t, schedule, mean=mean, log_variance=log_variance) / math.log(2)  # [B], bits/dim
+        loss = weight * simple + self.vlb_weight * schedule.num_timesteps / 1000 * bits
+        parts = {"simple": importance * simple, "vlb_bits_per_dim": importance * schedule.num_timesteps * bits}
+        dtype = simple.dtype
+        return (importance * loss).to(dtype), {name: part.detach().to(dtype) for name, part in parts.items()}
 
 
 def target(prediction_type: PredictionType, z_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
@@ -100,3 +124,13 @@ def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:
         )
     dtype = result_dtype(prediction, target)  # cast first: a bfloat16 difference would lose the small errors
     return (prediction.to(dtype) - target.to(dtype)).square().mean(dim=(1, 2, 3))
+
+
+def denoising_score_matching(score: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """‖s_θ(z_t) - ∇ ln q(z_t | z_0)‖², mean over C, h and w: Vincent 2011 eq. 11, Song & Ermon 2019 eq. 5.  [B].
+
+    With s_θ = -ε_θ/√(1-ᾱ_t) it is L_simple / (1-ᾱ_t); weighted by 1-ᾱ_t, as Song et al. 2021 (score SDE) do, L_simple.
+
+    score, eps [B,C,h,w]; t int64 [B] → float32, or float64 where an input is float64.
+    """
+    return simple_loss(score, score_from_eps(eps, t, schedule))
