@@ -106,37 +106,46 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generators = self._generators(seeds, generator, len(ids))
         z_t = self._initial_noise(latents, generators, len(ids)).to(device, dtype)  # [B,C,h,w]
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        z_t = z_t * self.scheduler.init_noise_sigma
+        z_t = z_t * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's schedulers have none
 
         labels = torch.tensor(ids, device=device)
         nulls = torch.full_like(labels, self.num_classes)
         extra = self._step_arguments(generators, eta)
         with self.progress_bar(total=num_inference_steps) as bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(self.scheduler.timesteps):
-                z_in = self.scheduler.scale_model_input(z_t, t)
+                z_in = self.scheduler.scale_model_input(z_t, t) if hasattr(self.scheduler, "scale_model_input") else z_t
                 prediction = self._guided(z_in, t, labels, nulls, guidance_scale)
                 z_t = self.scheduler.step(prediction, t, z_t, **extra).prev_sample
                 if callback_on_step_end is not None:
                     z_t = callback_on_step_end(self, i, int(t), {"latents": z_t}).get("latents", z_t)
                 bar.update()
 
-        images = z_t if output_type == "latent" else self._decode(z_t, output_type)
+        images: Any = z_t if output_type == "latent" else self._decode(z_t, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _guided(self, z: Tensor, t: Tensor, labels: Tensor, nulls: Tensor, w: float) -> Tensor:
-        """u + w (c - u), Ho & Salimans 2022 eq. 6 with w = 1 + their w.  One half alone where the other has no part."""
-        if w == 1:
-            return self._predict(z, t, labels)
-        if w == 0:
-            return self._predict(z, t, nulls)
-        both = self._predict(torch.cat([z, z]), t, torch.cat([nulls, labels]))
-        u, c = both.chunk(2)
-        return u + w * (c - u)
+        """u + w (c - u), Ho & Salimans 2022 eq. 6 with w = 1 + their w.  One half alone where the other has no part.
 
-    def _predict(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        A learned variance is not guided: it is c's, and goes on only to a scheduler that has a use for it.
+        """
+        if w == 1:
+            guided, variance = self._predict(z, t, labels)
+        elif w == 0:
+            guided, variance = self._predict(z, t, nulls)
+        else:
+            both, variances = self._predict(torch.cat([z, z]), t, torch.cat([nulls, labels]))
+            u, c = both.chunk(2)
+            guided, variance = u + w * (c - u), variances.chunk(2)[1]
+        takes_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
+        return torch.cat([guided, variance], dim=1) if takes_variance else guided
+
+    def _predict(self, z: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction [B,C,h,w], and the learned variance's channels: as many, or none."""
         condition = class_arguments(labels, self.unet.config["cross_attention_dim"], z.dtype)
-        return self.unet(z, t, **condition).sample
+        output = self.unet(z, t, **condition).sample
+        channels = z.shape[1]
+        return output[:, :channels], output[:, channels:]
 
     def _decode(self, z_0: Tensor, output_type: str) -> Any:
         shift = self.vae.config.get("shift_factor") or 0.0

@@ -27,7 +27,7 @@ from diffusers.utils.logging import disable_progress_bar
 from pipeline import checkpoint, class_conditional, files, program, sampler
 from pipeline.checkpoint import BrokenError, Checkpoint, weights_stem
 from pipeline.class_conditional import ClassConditionalPipeline
-from pipeline.config import Config
+from pipeline.config import Config, DiffusionConfig
 from pipeline.config_file import to_yaml
 from pipeline.ema import profiles
 from pipeline.errors import RunError, UsageError, blame
@@ -196,7 +196,7 @@ its own for this U-Net.
 |---|---|
 | data | image shards `{", ".join(config.data.train_images)}`, fingerprint `{origin["source_fingerprint"][:16]}` |
 | autoencoder | `{origin["vae_sha256"][:16]}`, latents scaled by {found.state["latents"]["scale"]:.6g} |
-| objective | {diffusion.prediction_type}, {diffusion.schedule} schedule, T = {diffusion.num_timesteps} |
+| objective | {objective_words(diffusion)} |
 | steps | {found.step:,} of {config.train.global_batch_images} images ({images_seen:,} images seen) |
 | condition dropout | {config.conditioning.dropout:g} |
 | weights | average `{average.name}` |
@@ -209,6 +209,24 @@ License of weights and data: to be filled in by whoever publishes them.
 {to_yaml(config)}```
 </details>
 """
+
+
+def objective_words(diffusion: DiffusionConfig) -> str:
+    """What the network learned to say, in a line of the model card."""
+    match diffusion.objective:
+        case "edm":
+            return "EDM: a preconditioned denoiser (Karras et al. 2022)"
+        case "flow":
+            return "flow matching: the velocity ε - z_0 on straight lines"
+        case "ddpm":
+            words = f"{diffusion.prediction_type}, {diffusion.schedule} schedule, T = {diffusion.num_timesteps}"
+            if diffusion.resolution_shift != 1:
+                words += f", shifted by {diffusion.resolution_shift:g}"
+            if diffusion.zero_terminal_snr:
+                words += ", zero terminal SNR"
+            if diffusion.weighting != "unweighted":
+                words += f", weighting {diffusion.weighting}"
+            return words + (", learned variance" if diffusion.variance_type == "learned_range" else "")
 
 
 if __name__ == "__main__":

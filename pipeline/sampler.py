@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
@@ -17,7 +17,7 @@ from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import DiffusionConfig
 from pipeline.data.draws import Purpose, integer_seed
 from pipeline.data.images import to_pixels
-from pipeline.diffusion.schedule import scheduler_config
+from pipeline.denoiser import scheduler_of
 from vae.moments import LatentScale
 
 
@@ -30,16 +30,7 @@ def assemble(
 ) -> ClassConditionalPipeline:
     """The pipeline that an export is: its scheduler says what the schedule means, its VAE how latents are scaled."""
     vae.register_to_config(scaling_factor=latent_scale.scale, shift_factor=latent_scale.shift or None)
-    scheduler = DDIMScheduler(
-        **scheduler_config(
-            diffusion.schedule,
-            diffusion.num_timesteps,
-            diffusion.beta_start,
-            diffusion.beta_end,
-            diffusion.prediction_type,
-        )
-    )
-    pipe = ClassConditionalPipeline(vae, unet, scheduler, list(class_names) if class_names else None)
+    pipe = ClassConditionalPipeline(vae, unet, scheduler_of(diffusion), list(class_names) if class_names else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

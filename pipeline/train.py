@@ -28,9 +28,7 @@ from pipeline.config import Config
 from pipeline.data import latents, online
 from pipeline.data.dataset import Samples
 from pipeline.data.pieces import ClassCondition, Diffusion, Moments, Piece, Pixels, PosteriorNoise
-from pipeline.diffusion.objectives import simple_loss, target, timesteps
-from pipeline.diffusion.process import q_sample
-from pipeline.diffusion.schedule import make_schedule
+from pipeline.denoiser import objective_of
 from pipeline.ema import profiles
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
@@ -83,20 +81,21 @@ def train(config: Config, args: argparse.Namespace) -> None:
     pieces = (
         read,
         PosteriorNoise(config.seed, latent_shape),
-        Diffusion(config.seed, latent_shape, config.train.global_batch_images),
+        Diffusion(config.seed, latent_shape, config.train.global_batch_images, config.diffusion.timestep_draw),
         ClassCondition(config.seed, condition.num_classes, condition.dropout),
     )
     with blame("data"):
         samples = Samples.of(folders, pieces, seed=config.seed, data=config.data)
 
     # U-Net, optimizer, EMA; resume
-    schedule = make_schedule(
-        config.diffusion.schedule,
-        config.diffusion.num_timesteps,
-        config.diffusion.beta_start,
-        config.diffusion.beta_end,
-    ).to(engine.device)
-    unet = build_unet(config.unet, config.conditioning, latent_shape, config.seed)
+    objective = objective_of(config.diffusion, engine.device)
+    unet = build_unet(
+        config.unet,
+        config.conditioning,
+        latent_shape,
+        config.seed,
+        learned_variance=config.diffusion.variance_type == "learned_range",
+    )
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     settings = config.optimizer
@@ -131,20 +130,19 @@ def train(config: Config, args: argparse.Namespace) -> None:
     )
 
     def loss_of(model: Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Algorithm 1: z_0 ~ q(z|x), t uniform, eps normal; the gradient of ‖eps - eps_θ(z_t, t)‖²."""
+        """Algorithm 1: z_0 ~ q(z|x), a time and eps by draw; the gradient of the objective at what the network says."""
         moments = batch["moments"].float() if "moments" in batch else moments_of(batch["x"])  # [B,2C,h,w]
         z_0 = latent_scale.normalise(sample_posterior(moments, batch["posterior_noise"]))  # [B,C,h,w]
-        t = timesteps(batch["u"], schedule.num_timesteps).to(engine.device)  # [B]
-        z_t = q_sample(z_0, t, batch["eps"], schedule)
+        noised = objective.noised(z_0, batch["u"], batch["eps"])
         told = unet_arguments(
             batch["class_label"],
             batch["dropped"],
             num_classes=condition.num_classes,
             width=config.unet.cross_attention_dim,
         )
-        prediction = model(z_t, t, **told).sample
-        wanted = target(config.diffusion.prediction_type, z_0, batch["eps"], t, schedule)
-        return simple_loss(prediction, wanted).mean(), {}
+        output = model(noised.z, noised.time, **told).sample
+        loss, parts = objective.loss(output, z_0, batch["eps"], noised)
+        return loss.mean(), {name: part.mean() for name, part in parts.items()}
 
     for step in training.steps(loss_of):
         if step % config.evaluation.every_steps == 0:

@@ -19,7 +19,7 @@ ROOT = Path(pipeline.__file__).resolve().parents[1]
 
 # The autoencoder as a model, below everything: it knows nothing of pipeline/.
 VAE = """
-    vae vae.config vae.losses vae.metrics vae.model vae.moments vae.steps
+    vae vae.config vae.likelihood vae.losses vae.metrics vae.model vae.moments vae.steps
 """
 LAYERS = {
     "L0 words": """
@@ -32,17 +32,22 @@ LAYERS = {
         pipeline.data.sequential pipeline.data.quarantine pipeline.data.pieces pipeline.data.dataset
         pipeline.data.online pipeline.data.emoji pipeline.data.tables pipeline.data.sources
         pipeline.data.preview pipeline.data.processes pipeline.data.prepare pipeline.data.bad_samples
-        pipeline.diffusion pipeline.diffusion.schedule pipeline.diffusion.process pipeline.diffusion.objectives
-        pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.unet pipeline.ema pipeline.optim
+        pipeline.diffusion pipeline.diffusion.schedule pipeline.diffusion.process pipeline.diffusion.weightings
+        pipeline.diffusion.densities pipeline.diffusion.likelihood pipeline.diffusion.sampling pipeline.diffusion.sde
+        pipeline.diffusion.bound pipeline.diffusion.ode_likelihood
+        pipeline.diffusion.objectives pipeline.diffusion.edm pipeline.diffusion.flow
+        pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.unet pipeline.denoiser
+        pipeline.ema pipeline.optim
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
-        pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.scores
+        pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.plots
+        pipeline.metrics.scores
     """,
     "L2 running": """
         pipeline.strategies pipeline.strategies.choice pipeline.strategies.wrapped pipeline.strategies.precision
         pipeline.strategies.masters pipeline.strategies.ddp pipeline.strategies.zero pipeline.strategies.fsdp2
         pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
-        pipeline.training pipeline.sampler
+        pipeline.training pipeline.sampler pipeline.bounds
         pipeline.locks pipeline.encoder pipeline.encoding
     """,
     "L3 programs": """

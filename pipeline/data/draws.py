@@ -28,6 +28,11 @@ class Purpose(IntEnum):
     CROP = 10
     FLIP = 11
     SUBSTITUTE = 12
+    TIMESTEP_ALONE = 13
+    LIKELIHOOD_POSTERIOR = 14
+    LIKELIHOOD_TIMESTEPS = 15
+    LIKELIHOOD_NOISE = 16
+    LIKELIHOOD_PROBE = 17
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:
@@ -51,9 +56,23 @@ def uniform(seed: int, purpose: Purpose, place: int) -> float:
     return float(int(stream(seed, purpose, place).random_raw()) >> 11) * 2.0**-53
 
 
-def normal(seed: int, purpose: Purpose, place: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def uniforms(seed: int, purpose: Purpose, place: int, count: int) -> NDArray[np.float64]:
+    """Independent numbers in [0, 1) with 53 random bits, float64 [count]."""
+    return (stream(seed, purpose, place).random_raw(count) >> np.uint64(11)) * np.float64(2.0**-53)
+
+
+def normal(
+    seed: int, purpose: Purpose, place: int, shape: tuple[int, ...], *, fine: int = 0, finer: int = 0
+) -> NDArray[np.float32]:
     """Independent N(0, 1) numbers, float32 of the given shape."""
-    return np.random.Generator(stream(seed, purpose, place)).standard_normal(shape, dtype=np.float32)
+    generator = np.random.Generator(stream(seed, purpose, place, fine=fine, finer=finer))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def signs(seed: int, purpose: Purpose, place: int, shape: tuple[int, ...], *, fine: int = 0) -> NDArray[np.float32]:
+    """Independent signs, -1 or 1 with equal probability, float32 of the given shape."""
+    words = stream(seed, purpose, place, fine=fine).random_raw(int(np.prod(shape)))
+    return ((words >> np.uint64(63)).astype(np.float32) * 2 - 1).reshape(shape)
 
 
 def integer_seed(seed: int, purpose: Purpose, place: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.conditioning import is_dropped
 from pipeline.data import draws, images, latents
 from pipeline.data.draws import Purpose
-from pipeline.diffusion.objectives import stratified
+from pipeline.diffusion.densities import stratified
 from pipeline.errors import UsageError
 
 Parts = dict[str, bytes]
@@ -75,20 +75,21 @@ class PosteriorNoise:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """`eps` float32 [C,h,w], and `u` float64 in [0,1), the timestep's draw, stratified over the global batch."""
+    """`eps` float32 [C,h,w], and `u` float64 in [0,1), the timestep's draw, stratified over the global batch or not."""
 
     seed: int
     latent_shape: tuple[int, int, int]
     global_batch: int
+    timestep_draw: Literal["stratified", "independent"] = "stratified"
 
     def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
         del parts
+        eps = draws.normal(self.seed, Purpose.NOISE, position, self.latent_shape)
+        if self.timestep_draw == "independent":
+            return {"eps": eps, "u": np.float64(draws.uniform(self.seed, Purpose.TIMESTEP_ALONE, position))}
         step, slot = divmod(position, self.global_batch)
         u_0 = draws.uniform(self.seed, Purpose.TIMESTEP, step)
-        return {
-            "eps": draws.normal(self.seed, Purpose.NOISE, position, self.latent_shape),
-            "u": np.float64(stratified(u_0, slot, self.global_batch)),
-        }
+        return {"eps": eps, "u": np.float64(stratified(u_0, slot, self.global_batch))}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from pipeline.data import draws, images, latents
 from pipeline.data.dataset import Batch, Samples, load_batches, read_images
@@ -197,6 +198,17 @@ def test_timesteps_are_uniform(latent_set: Any) -> None:
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 0.5) < 4 * np.sqrt(1 / 12 / 64 / 500)  # 500 means of 8 strata
     assert np.abs(counts - 50).max() < 4.5 * np.sqrt(500 * 0.1 * 0.9)
+
+
+def test_independent_timesteps_are_each_positions_own() -> None:
+    piece = Diffusion(SEED, (1, 1, 1), 8, "independent")
+    u = np.array([piece(position, {})["u"] for position in range(4000)])
+    assert stats.kstest(u, "uniform").pvalue > 0.01
+    assert len(set(u.tolist())) == 4000
+    counts = [len(set((u[i : i + 8] * 8).astype(int).tolist())) for i in range(0, 4000, 8)]
+    assert np.mean(counts) == pytest.approx(8 * (1 - (7 / 8) ** 8), abs=0.2)  # strata hit by chance, not each once
+    stratified = Diffusion(SEED, (1, 1, 1), 8)(5, {})
+    assert np.array_equal(piece(5, {})["eps"], stratified["eps"]) and piece(5, {})["u"] != stratified["u"]
 
 
 def parts_of(samples: Samples, position: int) -> dict[str, bytes]:

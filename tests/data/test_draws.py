@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline.data.draws import Purpose, integer_seed, normal, permutation, stream, uniform
+from pipeline.data.draws import Purpose, integer_seed, normal, permutation, signs, stream, uniform, uniforms
 
 MASK = 2**64 - 1
 
@@ -55,6 +55,20 @@ def test_golden_uniforms() -> None:
     assert drawn == ["0x1.8f46d54719bb0p-5", "0x1.2b3e2573da9fbp-1", "0x1.d95367e051bfcp-2"]
 
 
+def test_the_first_of_many_uniforms_is_the_one() -> None:
+    many = uniforms(7, Purpose.TIMESTEP, 2, 1000)
+    assert many[0] == uniform(7, Purpose.TIMESTEP, 2)
+    assert stats.kstest(many, "uniform").pvalue > 0.01
+
+
+def test_signs_are_fair_and_apart_by_their_fine_place() -> None:
+    drawn = signs(7, Purpose.LIKELIHOOD_PROBE, 5, (100, 100))
+    assert set(drawn.flatten().tolist()) == {-1.0, 1.0}
+    assert abs(float(drawn.mean())) < 4 / 100
+    other = signs(7, Purpose.LIKELIHOOD_PROBE, 5, (100, 100), fine=1)
+    assert abs(float((drawn * other).mean())) < 4 / 100
+
+
 def test_golden_normals() -> None:
     drawn = normal(7, Purpose.NOISE, 5, (2, 3))
     assert drawn.dtype == np.float32
@@ -87,6 +101,11 @@ def test_purposes_keep_their_numbers() -> None:
         "CROP": 10,
         "FLIP": 11,
         "SUBSTITUTE": 12,
+        "TIMESTEP_ALONE": 13,
+        "LIKELIHOOD_POSTERIOR": 14,
+        "LIKELIHOOD_TIMESTEPS": 15,
+        "LIKELIHOOD_NOISE": 16,
+        "LIKELIHOOD_PROBE": 17,
     }
 
 

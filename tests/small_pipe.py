@@ -1,0 +1,34 @@
+"""A class-conditional pipeline of small, untrained networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from pipeline import sampler
+from pipeline.config import DiffusionConfig
+from vae.moments import LatentScale
+
+
+def small_pipe(scale: float = 0.5, channels_out: int = 4) -> Any:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=channels_out,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        num_class_embeds=4,
+    )
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **kinds)  # pyright: ignore[reportArgumentType]
+    for model in (unet, vae):
+        model.requires_grad_(False).eval()
+    return sampler.assemble(unet, vae, LatentScale(scale), DiffusionConfig(), None)
