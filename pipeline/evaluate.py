@@ -27,6 +27,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from pipeline import files, program, sampler
+from pipeline.bounds import Costs, likelihood_scores
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
 from pipeline.data.dataset import read_images
@@ -155,7 +156,12 @@ def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float,
         found, _ = nearest(train, first, min(NEIGHBOURS, len(train)))
         with files.whole(run / "evaluation" / f"nearest-{prefix}.png") as aside:
             neighbours_picture(first, train, found).save(aside, format="PNG")
-    return scores
+    program.say("counting the bits of held-out images")
+    costs = Costs(pipe, config.diffusion, config.seed, config.evaluation.batch_images)
+    plot = run / "evaluation" / "bound.png"
+    return scores | likelihood_scores(
+        costs, config.evaluation.likelihood, train, validation, validation_labels, plot=plot
+    )
 
 
 def read_sets(key: str, folders: Sequence[str], config: Config) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -200,7 +206,24 @@ def show(scores: Scores, config: Config, run: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"autoencoder: {scores['vae/psnr_db']:.1f} dB PSNR on {scores['vae/num_images']:,} held-out images")
+    for line in likelihood_lines(scores):
+        console.print(line)
     console.print(f"nearest training images beside samples: {run / 'evaluation'}/nearest-*.png")
+
+
+def likelihood_lines(scores: Scores) -> list[str]:
+    """What a person wants to read of the likelihoods."""
+    titles = {
+        "bound": "variational bound of the latents",
+        "ode": "likelihood of the latents by the ODE",
+        "pixel_bound": "bound of the whole system, 8-bit pixels",
+    }
+    return [
+        f"{title}: {scores[f'likelihood/{name}_bits_per_dim']:.3f} ± {scores[f'likelihood/{name}_standard_error']:.3f} "
+        "bits/dim"
+        for name, title in titles.items()
+        if f"likelihood/{name}_bits_per_dim" in scores
+    ]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""What held-out images cost under the model: the variational bound, the ODE's likelihood, the bound in pixels.
+
+Conventions, for latents z of the autoencoder as it gives them: z ~ q(z|x), one draw for each image; densities are of z,
+so the log-Jacobian of the scale is in them; the condition is the image's own class, without guidance.  Every draw is a
+function of (seed, image, timestep), so models that are scored on the same images are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import denoiser, files
+from pipeline.class_conditional import ClassConditionalPipeline, class_arguments
+from pipeline.config import DiffusionConfig, LikelihoodConfig
+from pipeline.data import draws
+from pipeline.data.draws import Purpose
+from pipeline.data.images import to_unit
+from pipeline.diffusion.bound import Bound, entropy_form, every_term, reverse_of, stratified_terms, variational_bound
+from pipeline.diffusion.likelihood import average, discretized_gaussian_nll
+from pipeline.diffusion.ode_likelihood import ode_nll
+from pipeline.diffusion.schedule import respaced
+from pipeline.metrics.plots import bound_plot
+from vae.likelihood import autoencoder_nll, fit_log_variance, mean_square_log_variance, pixel_bound, posterior_entropy
+from vae.moments import LatentScale, encode_moments, sample_posterior
+
+FIT_IMAGES = 256  # training images that the decoder's variance is fitted on
+
+Images = NDArray[np.uint8]  # [N,H,W,3]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images and one posterior draw of each."""
+
+    x: Tensor  # [N,3,H,W] in [-1,1]
+    moments: Tensor  # [N,2C,h,w]
+    z_0: Tensor  # [N,C,h,w], scaled as the U-Net has them
+    indices: list[int]  # which images of their set these are
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The model whose costs are counted, and how."""
+
+    pipe: ClassConditionalPipeline
+    diffusion: DiffusionConfig
+    seed: int
+    batch_images: int
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        """As the export's VAE has it."""
+        config = self.pipe.vae.config
+        return LatentScale(config["scaling_factor"], config.get("shift_factor") or 0.0)
+
+    def encode(self, images: Images, indices: Sequence[int]) -> Encoded:
+        """Images uint8 [N,H,W,3], numbered in their set by `indices` → z_0 ~ q(z|x)."""
+        vae = self.pipe.vae
+        x = torch.from_numpy(to_unit(images)).to(vae.device)
+        with torch.no_grad():
+            moments = torch.cat([encode_moments(vae, part) for part in x.split(self.batch_images)])
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        noise = [draws.normal(self.seed, Purpose.LIKELIHOOD_POSTERIOR, index, shape) for index in indices]
+        z = sample_posterior(moments, torch.from_numpy(np.stack(noise)).to(vae.device))
+        return Encoded(x, moments, self.latent_scale.normalise(z), list(indices))
+
+    def network(self, labels: Tensor) -> denoiser.Network:
+        """The U-Net told the images' own classes, int64 [B]."""
+        unet = self.pipe.unet
+
+        def told(z: Tensor, time: Tensor) -> Tensor:
+            condition = class_arguments(labels, unet.config["cross_attention_dim"], torch.float32)
+            return unet(z.float(), time, **condition).sample
+
+        return told
+
+    def bound(self, of: Encoded, labels: Tensor, num_steps: int | None, num_terms: int | None) -> Bound:
+        """The bound of the chain of num_steps steps (None: all T), from num_terms of its terms (None: all)."""
+        schedule, told = denoiser.schedule_of(self.diffusion), None
+        if num_steps is not None and num_steps < schedule.num_timesteps:
+            told = torch.arange(1, num_steps + 1) * schedule.num_timesteps // num_steps - 1  # ends at T-1
+            schedule = respaced(schedule, told)
+            told = told.to(of.z_0.device)
+        chain = schedule.num_timesteps
+        schedule = schedule.to(of.z_0.device)
+
+        def one(part: slice) -> Bound:
+            indices, z_0 = of.indices[part], of.z_0[part]
+
+            def noise(t: Tensor) -> Tensor:
+                eps = [
+                    draws.normal(self.seed, Purpose.LIKELIHOOD_NOISE, index, tuple(z_0.shape[1:]), fine=at, finer=chain)
+                    for index, at in zip(indices, t.tolist(), strict=True)
+                ]
+                return torch.from_numpy(np.stack(eps)).to(z_0.device)
+
+            if num_terms is None or num_terms >= chain:
+                chosen = every_term(len(z_0), schedule)
+            else:
+                u = [draws.uniforms(self.seed, Purpose.LIKELIHOOD_TIMESTEPS, i, num_terms - 1) for i in indices]
+                chosen = stratified_terms(torch.from_numpy(np.stack(u)), schedule)
+            network, settings = self.network(labels[part]), self.diffusion
+            reverse = reverse_of(network, schedule, settings.prediction_type, settings.variance_type, told=told)
+            return variational_bound(z_0, schedule, reverse, noise, chosen=chosen)
+
+        with torch.no_grad():
+            return Bound.joined([one(part) for part in self._parts(len(of.z_0))])
+
+    def ode(self, of: Encoded, labels: Tensor, num_probes: int | None, tolerance: float) -> tuple[Tensor, int]:
+        """-ln p(z_0) of the probability-flow ODE, nats per element [N]; and the network's calls in a batch, at most.
+
+        num_probes: random directions of the trace; None: the exact one.
+        """
+        found: list[Tensor] = []
+        calls = 0
+        for part in self._parts(len(of.z_0)):
+            z_0 = of.z_0[part]
+            probes = None if num_probes is None else self._probes(of.indices[part], z_0, num_probes)
+            eps_of, log_snr_max, log_snr_min = denoiser.eps_at(self.diffusion, self.network(labels[part]))
+            result = ode_nll(z_0, eps_of, log_snr_max, log_snr_min, probes=probes, tolerance=tolerance)
+            found.append(result.nll)
+            calls = max(calls, result.num_evaluations)
+        return torch.cat(found), calls
+
+    def _probes(self, indices: list[int], z_0: Tensor, count: int) -> Tensor:
+        """Signs [K,B,C,h,w], each image's by its own number."""
+        shape = tuple(z_0.shape[1:])
+        signs = [
+            [draws.signs(self.seed, Purpose.LIKELIHOOD_PROBE, index, shape, fine=k) for index in indices]
+            for k in range(count)
+        ]
+        return torch.from_numpy(np.array(signs)).to(z_0.device)
+
+    def decoder(self, of: Encoded, log_variance: float | None) -> tuple[Tensor, float]:
+        """-ln P(x|z) of the 8-bit pixels, nats per pixel channel [N]; and ln σ² of the decoder, fitted where None."""
+        z = self.latent_scale.denormalise(of.z_0)
+        with torch.no_grad():
+            x_hat = torch.cat([self.pipe.vae.decode(part).sample.float() for part in z.split(self.batch_images)])  # pyright: ignore[reportAttributeAccessIssue]
+
+        def nll(log_variance: float) -> Tensor:
+            wide = torch.tensor(log_variance, dtype=torch.float64, device=x_hat.device)
+            return discretized_gaussian_nll(of.x.double(), x_hat, wide).mean(dim=(1, 2, 3))
+
+        if log_variance is None:
+            near = mean_square_log_variance(x_hat, of.x)
+            log_variance = fit_log_variance(lambda at: float(nll(at).mean()), near)
+        return nll(log_variance), log_variance
+
+    def _parts(self, count: int) -> list[slice]:
+        return [slice(i, min(i + self.batch_images, count)) for i in range(0, count, self.batch_images)]
+
+
+def likelihood_scores(
+    costs: Costs, config: LikelihoodConfig, train: Images, images: Images, labels: NDArray[np.int64], *, plot: Path
+) -> dict[str, float | int]:
+    """Bits of the first held-out images, evenly spaced over the set, by name; and the picture of the bound's terms.
+
+    bits/dim of latents are of a density of z, per element of z; those of pixels are of 8-bit levels, per channel.
+    Objectives without discrete timesteps have no chain: of these only the ODE's likelihood is given.
+    """
+    scores: dict[str, float | int] = {}
+    scale = costs.latent_scale
+
+    def chosen(count: int) -> tuple[Encoded, Tensor]:
+        at = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
+        return costs.encode(images[at], at.tolist()), torch.from_numpy(labels[at]).to(costs.pipe.device)
+
+    def add(name: str, nats: Tensor) -> None:
+        mean, error = average(nats / math.log(2))
+        scores[f"likelihood/{name}_bits_per_dim"], scores[f"likelihood/{name}_standard_error"] = mean, error
+
+    if config.num_images and costs.diffusion.objective == "ddpm":
+        of, classes = chosen(config.num_images)
+        schedule = denoiser.schedule_of(costs.diffusion).to(of.z_0.device)
+        bound = costs.bound(of, classes, None, config.num_timesteps)
+        in_z = autoencoder_nll(bound.total, scale)
+        scores["likelihood/num_images"] = len(of.x)
+        add("bound", in_z)
+        scores["likelihood/bound_nats_per_image"] = float(in_z.mean()) * of.z_0[0].numel()
+        add("l_T", bound.prior)
+        add("kl", bound.rate - bound.prior)
+        add("l_0", autoencoder_nll(bound.distortion, scale))
+        add("entropy_form", autoencoder_nll(entropy_form(bound, schedule), scale))
+        for steps in config.chain_steps:
+            add(
+                f"bound_{steps}_steps",
+                autoencoder_nll(costs.bound(of, classes, steps, config.num_timesteps).total, scale),
+            )
+        fit = np.linspace(0, len(train) - 1, min(FIT_IMAGES, len(train))).round().astype(int)
+        _, log_variance = costs.decoder(costs.encode(train[fit], fit.tolist()), None)
+        pixels, _ = costs.decoder(of, log_variance)
+        entropy = posterior_entropy(of.moments)
+        sizes = {"pixels": of.x[0].numel(), "latents": of.z_0[0].numel()}
+        whole = pixel_bound(pixels, in_z.to(pixels.device), entropy, **sizes)
+        add("pixel_bound", whole.total)
+        add("pixel_decoder", whole.decoder)
+        scores["likelihood/decoder_std_levels"] = math.exp(log_variance / 2) * 127.5
+        draw_terms(plot, bound)
+    if config.ode_images:
+        of, classes = chosen(config.ode_images)
+        nll, calls = costs.ode(of, classes, config.ode_probes, config.ode_tolerance)
+        add("ode", autoencoder_nll(nll, scale))
+        scores |= {"likelihood/ode_num_images": len(of.x), "likelihood/ode_evaluations": calls}
+    return scores
+
+
+def draw_terms(path: Path, bound: Bound) -> None:
+    """The picture of the bound's terms over t: each column's mean over the images, with its standard error."""
+    bits = bound.terms_bits.cpu().numpy()  # [N,K]
+    errors = bits.std(axis=0, ddof=1) / math.sqrt(len(bits))
+    t = bound.chosen.t.double().mean(dim=0).round().long().tolist()
+    with files.whole(path) as aside:
+        bound_plot(
+            aside, t, bits.mean(axis=0), errors, title=f"The variational bound, term by term: {len(bits)} images"
+        )
