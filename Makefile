@@ -48,6 +48,7 @@ demo: env
 	  "  $(RUN)/samples/grid.png          ten drawn images of each class: look at them" \
 	  "  $(RUN)/samples/step-*.png        the same noise while it learned" \
 	  "  $(RUN)/evaluation/nearest-*.png  drawn images beside the nearest ones it was trained on" \
+	  "  $(RUN)/evaluation/bound.png      what held-out images cost, timestep by timestep" \
 	  "  $(RUN)/scores.json               the scores above" \
 	  "  $(RUN)/export/                   the model; diffusers opens it" \
 	  "  $(RUN)/checkpoints/              what train goes on from;  $(RUN)/metrics.jsonl: every loss" \
