@@ -83,10 +83,12 @@ def every_term(batch: int, schedule: Schedule) -> Terms:
 
 
 def stratified_terms(u: Tensor, schedule: Schedule) -> Terms:
-    """t = 0 and one t from each of K equal parts of 1..T-1, for each sample: an unbiased estimate of the bound.
+    """t = 0 and one t from each of K parts of 1..T-1, for each sample: an unbiased estimate of the bound.
 
     u: float64 [B,K], uniform in [0, 1), on the CPU.  Part k holds n_k whole t's, each as likely as the others, and the
-    one drawn stands for all of them, with weight n_k.  With K = T-1 nothing is left to chance.
+    one drawn stands for all of them, with weight n_k.  With K = T-1 nothing is left to chance.  The parts' ends are in
+    geometric progression, as far as each can hold one t at least: the terms fall about as 1/t, so equal parts would
+    leave nearly all of the bound, and of its variance, to the first of them.
 
     L_0 is never left out: it's of another kind than the others, and the largest.
 
@@ -99,7 +101,9 @@ def stratified_terms(u: Tensor, schedule: Schedule) -> Terms:
         raise ValueError(f"u must have 1 to T - 1 = {rest} columns, got {u.shape[1]}")
     if not bool(((u >= 0) & (u < 1)).all()):
         raise ValueError(f"u must lie in [0, 1), got values from {u.min().item()} to {u.max().item()}")
-    edges = 1 + torch.arange(u.shape[1] + 1) * rest // u.shape[1]  # [K+1], from 1 to T
+    part = torch.arange(u.shape[1] + 1)
+    geometric = (torch.log(torch.tensor(rest + 1.0, dtype=torch.float64)) * part / u.shape[1]).exp().round().long()
+    edges = torch.maximum(geometric, part + 1)  # [K+1], from 1 to T
     sizes = edges.diff()
     t = edges[:-1] + (u * sizes).long()  # u·n rounds to below n for every u < 1
     first = torch.zeros(len(u), 1)

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,11 +28,10 @@ def small_bound(schedule: Schedule, chosen: Terms | None, batch: int) -> Bound:
 @pytest.mark.parametrize(("num_timesteps", "num_parts"), [(8, 1), (8, 3), (8, 7), (9, 4), (2, 1)])
 def test_the_mean_over_all_choices_of_terms_is_the_bound(num_timesteps: int, num_parts: int) -> None:
     schedule = make_schedule("linear", num_timesteps, 0.01, 0.4)
-    # The sizes of the parts, by other means than the code's, and the middle of each t's share of [0, 1).
-    sizes = [len(part) for part in np.array_split(np.arange(num_timesteps - 1), num_parts)]
     some = stratified_terms(torch.zeros(1, num_parts, dtype=torch.float64), schedule)
     sizes_found = some.weight[0, 1:].long().tolist()
-    assert sorted(sizes_found) == sorted(sizes)
+    assert sizes_found == sorted(sizes_found) and sum(sizes_found) == num_timesteps - 1 and min(sizes_found) >= 1
+    # the middle of each t's share of [0, 1)
     places = [[(i + 0.5) / n for i in range(n)] for n in sizes_found]
     u = torch.tensor(list(itertools.product(*places)), dtype=torch.float64)
     chosen = stratified_terms(u, schedule)
@@ -45,6 +43,11 @@ def test_the_mean_over_all_choices_of_terms_is_the_bound(num_timesteps: int, num
     if num_parts == num_timesteps - 1:
         assert torch.equal(chosen.t, every_term(1, schedule).t)
         assert torch.equal(chosen.weight, every_term(1, schedule).weight)
+
+
+def test_parts_double_where_t_does() -> None:
+    sizes = stratified_terms(torch.zeros(1, 10, dtype=torch.float64), make_schedule("linear", 1024, 1e-4, 0.02)).weight
+    assert sizes[0].tolist() == [1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
 def test_the_ends_of_each_part_stay_inside_it() -> None:
