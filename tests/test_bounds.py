@@ -137,7 +137,11 @@ def test_nothing_asked_is_nothing_said(tmp_path: Any) -> None:
 
 
 def test_a_learned_variance_is_trained_exported_and_scored(world: World) -> None:
-    words = ("diffusion.variance_type=learned_range", "evaluation.likelihood.ode_images=2")
+    words = (
+        "diffusion.variance_type=learned_range",
+        "evaluation.likelihood.ode_images=2",
+        "evaluation.likelihood.ode_tolerance=0.01",
+    )
     for verb in ("train", "export", "evaluate"):
         assert world.do(verb, *words) == [0], world.said()
     row = json.loads((world.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -152,7 +156,11 @@ def test_a_learned_variance_is_trained_exported_and_scored(world: World) -> None
 
 @pytest.mark.parametrize("objective", ["edm", "flow"])
 def test_the_other_objectives_are_trained_exported_and_scored(objective: str, world: World) -> None:
-    words = (f"diffusion.objective={objective}", "evaluation.likelihood.ode_images=2")
+    words = (
+        f"diffusion.objective={objective}",
+        "evaluation.likelihood.ode_images=2",
+        "evaluation.likelihood.ode_tolerance=0.01",
+    )
     for verb in ("train", "export", "evaluate"):
         assert world.do(verb, *words) == [0], world.said()
     words_of = {"edm": "EDM: a preconditioned denoiser", "flow": "flow matching"}

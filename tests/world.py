@@ -48,7 +48,13 @@ def small_config(root: Path) -> dict[str, Any]:
         "engine": {"device": "cpu"},
         "ema": {"decays": [0.9, 0.99]},
         "checkpoint": {"every_steps": 4, "keep_last": 3},
-        "evaluation": {"every_steps": 1000, "num_images": 20, "num_inference_steps": 2, "batch_images": 8},
+        "evaluation": {
+            "every_steps": 1000,
+            "num_images": 20,
+            "num_inference_steps": 2,
+            "batch_images": 8,
+            "likelihood": {"num_images": 8, "num_timesteps": 5, "ode_images": 0},
+        },
         "tracking": {"every_steps": 1, "tensorboard": False},
     }
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.likelihood import prior_term, vlb_term
+from pipeline.diffusion.likelihood import Nll, gaussian_nll, prior_term, vlb_term
 from pipeline.diffusion.process import check_timesteps, learned_log_variance, p_mean, q_sample, reverse_variance
 from pipeline.diffusion.schedule import PredictionType, Schedule, VarianceType
 
@@ -151,6 +151,7 @@ def variational_bound(
     noise: Callable[[Tensor], Tensor],
     *,
     chosen: Terms | None = None,
+    nll: Nll = gaussian_nll,
 ) -> Bound:
     """-ln p(z_0) ≤ L_T + Σ_{t≥1} L_{t-1} + L_0, DDPM (Ho et al. 2020) eq. 5, with one draw of z_t for each term.
 
@@ -158,7 +159,8 @@ def variational_bound(
     chosen: `every_term` (the default) or `stratified_terms`.  The expectation over q(z_t | z_0) is the caller's: the
     mean over draws of ε, or over samples z_0 with one draw each, for which every term is unbiased.
 
-    L_0 is -ln of a Gaussian density, so the bound is on a density of z_0 and may be negative.
+    nll: of L_0.  With a Gaussian density, as for latents, the bound is on a density of z_0 and may be negative; with
+    `discretized_gaussian_nll`, for 8-bit pixels in the place of latents, it is on their probability.
 
     Raises ValueError: chosen not [B,K] with t in [0, T) and 0 in its first column; what `reverse` gives not of
     z_0's shape.
@@ -172,7 +174,7 @@ def variational_bound(
         if log_variance.shape not in (z_0.shape, (len(z_0), 1, 1, 1)):  # broadcasting would mix samples or pixels
             wanted = f"{list(z_0.shape)} or {[len(z_0), 1, 1, 1]}"
             raise ValueError(f"log_variance must have shape {wanted}, got {list(log_variance.shape)}")
-        terms.append(vlb_term(z_0, z_t, t, schedule, mean=mean, log_variance=log_variance))
+        terms.append(vlb_term(z_0, z_t, t, schedule, mean=mean, log_variance=log_variance, nll=nll))
     return Bound(prior_term(z_0, schedule), chosen, torch.stack(terms, dim=1))
 
 

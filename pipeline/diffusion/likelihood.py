@@ -4,6 +4,7 @@ All in nats per element (a mean over C, h and w), one number for each sample; di
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from pipeline.diffusion.process import check_shapes, q_posterior, reverse_variance
 from pipeline.diffusion.schedule import Schedule
+
+# What L_0 is made of: x, mean, log_variance → -ln p(x) of each element, in nats.
+Nll = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
@@ -26,11 +30,21 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (math.log(2 * math.pi) + log_variance.double() + distance)
 
 
-def vlb_term(z_0: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule, *, mean: Tensor, log_variance: Tensor) -> Tensor:
+def vlb_term(
+    z_0: Tensor,
+    z_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    *,
+    mean: Tensor,
+    log_variance: Tensor,
+    nll: Nll = gaussian_nll,
+) -> Tensor:
     """The term of L_vlb that t has, given p(z_{t-1} | z_t) = N(mean, exp(log_variance)).  float64 [B], nats/element.
 
     t ≥ 1 (from 2 on as DDPM counts): L_{t-1} = KL(q(z_{t-1} | z_t, z_0) ‖ p(z_{t-1} | z_t)), DDPM (Ho et al. 2020)
-    eq. 5.  t = 0: L_0 = -ln p(z_0 | z_1) with a Gaussian density, for latents have no levels to count.
+    eq. 5.  t = 0: L_0 = -ln p(z_0 | z_1) by `nll`: a Gaussian density, for latents have no levels to count, or
+    `discretized_gaussian_nll` for 8-bit pixels, eq. 13.
 
     z_0, z_t, mean [B,C,h,w]; t int64 [B]; log_variance [B,C,h,w] or [B,1,1,1].
     """
@@ -39,9 +53,8 @@ def vlb_term(z_0: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule, *, mean: T
     # At t = 0 β̃ is 0; what stands there instead has no part in the result.
     true_log_variance = reverse_variance("fixed_small", schedule)[t].log().view(-1, 1, 1, 1)
     kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
-    nll = gaussian_nll(z_0, mean, log_variance)
     # Both are computed and one is chosen: a look at t would make the host wait for the device.
-    return torch.where((t == 0).view(-1, 1, 1, 1), nll, kl).mean(dim=(1, 2, 3))
+    return torch.where((t == 0).view(-1, 1, 1, 1), nll(z_0, mean, log_variance), kl).mean(dim=(1, 2, 3))
 
 
 def prior_term(z_0: Tensor, schedule: Schedule) -> Tensor:

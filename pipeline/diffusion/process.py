@@ -5,9 +5,9 @@ Everywhere: z_0, z_t, eps, v and predictions are floating-point [B,C,h,w]; t is 
 float32 for float32, bfloat16 and float16 inputs, float64 where any input is float64. In bfloat16 √ᾱ_0 is 1:
 the first timesteps would change nothing; so a narrow input does not make a narrow result.
 
-Every function raises ValueError where t is not int64 or the shapes do not fit. None looks at the *values*
-of t: on a GPU the host would wait for all the work queued before, in every training step. `check_timesteps`
-looks. Call it where t is made, on the CPU; without it -1 silently means T-1, as any Python index.
+Every function raises ValueError where t is not int64 or the shapes do not fit, and on the CPU where t is out of
+range. On a GPU none looks at the *values* of t: the host would wait for all the work queued before, in every training
+step, and -1 would mean T-1, as any Python index. Make t on the CPU and call `check_timesteps` there.
 """
 
 import torch
@@ -20,9 +20,7 @@ def check_timesteps(t: Tensor, schedule: Schedule) -> None:
     """Raises ValueError unless t is int64 [B] with every value in [0, T).  Call it with t on the CPU."""
     if t.dtype != torch.int64 or t.ndim != 1:
         raise ValueError(f"t must be an int64 vector [B], got {t.dtype} of shape {list(t.shape)}")
-    outside = t[(t < 0) | (t >= schedule.num_timesteps)]
-    if outside.numel() > 0:
-        raise ValueError(f"t must lie in [0, {schedule.num_timesteps}), got {outside[0].item()}")
+    _refuse_outside(t, schedule.num_timesteps)
 
 
 def check_shapes(t: Tensor, **latents: Tensor) -> None:
@@ -97,7 +95,7 @@ def z_0_from_eps(eps: Tensor, z_t: Tensor, t: Tensor, schedule: Schedule) -> Ten
     """
     check_shapes(t, eps=eps, z_t=z_t)
     # Looking at ᾱ_t waits for the GPU, so only the schedules that hold a zero pay for it.
-    if schedule.reaches_zero_snr and bool((schedule.alphas_cumprod[t] == 0).any()):
+    if schedule.reaches_zero_snr and bool((_at(schedule.alphas_cumprod, t) == 0).any()):
         raise ValueError("eps does not determine z_0 where alphas_cumprod is 0: predict v or z_0 there")
     signal, noise = _signal_and_noise(t, schedule)
     return ((z_t - noise * eps) / signal).to(result_dtype(eps, z_t))
@@ -250,4 +248,12 @@ def _signal_and_noise(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 def _at(table: Tensor, t: Tensor) -> Tensor:
     """table [T] at t [B], shaped to multiply a latent.  float64 [B,1,1,1]."""
+    if t.device.type == "cpu":
+        _refuse_outside(t, len(table))
     return table[t].view(-1, 1, 1, 1)
+
+
+def _refuse_outside(t: Tensor, num_timesteps: int) -> None:
+    outside = t[(t < 0) | (t >= num_timesteps)]
+    if outside.numel() > 0:
+        raise ValueError(f"t must lie in [0, {num_timesteps}), got {outside[0].item()}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.bound import Bound, Reverse, reverse_of, variational_bound
+from pipeline.diffusion.likelihood import discretized_gaussian_nll
 from pipeline.diffusion.process import reverse_variance
 from pipeline.diffusion.schedule import PredictionType, Schedule, ScheduleName, VarianceType, make_schedule, respaced
 
@@ -271,3 +272,32 @@ def test_times_that_are_not_one_for_each_step_are_refused(told: Tensor) -> None:
     schedule = make_schedule("linear", 8, 0.01, 0.4)
     with pytest.raises(ValueError, match=r"told must be int64 of shape \[8\], .* got"):
         reverse_of(lambda z_t, t: z_t, schedule, "epsilon", "fixed_large", told=told)
+
+
+def test_pixels_cost_at_least_their_entropy_in_levels() -> None:
+    # Two levels with probabilities 0.3 and 0.7, the best denoiser in closed form, ε by quadrature: a bound on a
+    # probability, so never below the entropy.  The chain tells the level, at the entropy's cost; what L_0 adds is the
+    # share of the last Gaussian, as wide as β̃_1 says, that falls beside the level.
+    schedule = make_schedule("linear", 1000, 1e-4, 0.02)
+    levels, shares = torch.tensor([40.0, 200.0]).double() / 127.5 - 1, torch.tensor([0.3, 0.7]).double()
+    nodes, quadrature = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(64))
+    eps = nodes.repeat(2).view(-1, 1, 1, 1)
+    z_0 = levels.repeat_interleave(64).view(-1, 1, 1, 1)
+    weight = (shares[:, None] * quadrature / quadrature.sum()).flatten()
+
+    def best_eps(z_t: Tensor, t: Tensor) -> Tensor:
+        abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+        likely = shares.log() - 0.5 * (z_t - abar.sqrt() * levels).square() / (1 - abar)  # [B,1,1,2]
+        best = (likely.softmax(-1) * levels).sum(-1, keepdim=True)
+        return (z_t - abar.sqrt() * best) / (1 - abar).sqrt()
+
+    reverse = reverse_of(best_eps, schedule, "epsilon", "fixed_small")
+    found = variational_bound(z_0, schedule, reverse, lambda t: eps, nll=discretized_gaussian_nll)
+    entropy = -float((shares * shares.log()).sum())
+    assert entropy <= float((weight * found.total).sum())
+    assert entropy <= float((weight * found.rate).sum()) < entropy + 0.01
+    half_level = 1 / 255 / math.sqrt(float(reverse_variance("fixed_small", schedule)[0]))
+    beside = -math.log(math.erf(half_level / math.sqrt(2)))
+    assert float((weight * found.distortion).sum()) == pytest.approx(beside, rel=1e-3)
+    with pytest.raises(ValueError, match="8-bit levels"):
+        variational_bound(z_0 + 0.001, schedule, reverse, lambda t: eps, nll=discretized_gaussian_nll)
