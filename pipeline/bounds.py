@@ -213,11 +213,11 @@ def likelihood_scores(
 
 
 def draw_terms(path: Path, bound: Bound) -> None:
-    """The picture of the bound's terms over t: each column's mean over the images, with its standard error."""
-    bits = bound.terms_bits.cpu().numpy()  # [N,K]
+    """The picture of the bound's steps: each column's mean over the images, with its standard error."""
+    bits = bound.terms_bits[:, 1:].cpu().numpy()  # [N,K], of t ≥ 1
     errors = bits.std(axis=0, ddof=1) / math.sqrt(len(bits))
-    t = bound.chosen.t.double().mean(dim=0).round().long().tolist()
+    t, counts = (each.double().mean(dim=0)[1:].cpu().numpy() for each in bound.chosen)
+    l_0, l_T = (float(nats.mean()) / math.log(2) for nats in (bound.distortion, bound.prior))
+    title = f"The bound's steps: {len(bits)} images; beside them L_0 = {l_0:.3f} and L_T = {l_T:.4f} bits/dim"
     with files.whole(path) as aside:
-        bound_plot(
-            aside, t, bits.mean(axis=0), errors, title=f"The variational bound, term by term: {len(bits)} images"
-        )
+        bound_plot(aside, t, bits.mean(axis=0), errors, counts, title=title)
