@@ -1,22 +1,34 @@
 """A diffusers pipeline that draws images of the classes asked for, from a latent U-Net with class embeddings.
 
-This file is copied into every export as `pipeline.py` and opens there with
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; so it imports diffusers and torch alone.
+This file is saved with the pipeline as `pipeline.py` and opens there with
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; so it imports nothing of the project it comes from.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from operator import index
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
 from torch import Tensor
 
 Label = int | str
+Generators = torch.Generator | list[torch.Generator] | None
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+STRENGTH = 0.8  # of the way back to noise, where an image came and no strength
+GUIDE_SHARES = ("in_channels", "out_channels", "sample_size", "num_class_embeds", "cross_attention_dim")
 
 
 def null_class(unet: UNet2DConditionModel) -> int:
@@ -36,8 +48,88 @@ def class_arguments(labels: Tensor, width: int, dtype: torch.dtype) -> dict[str,
     }
 
 
+def own_config(scheduler: Any) -> dict[str, Any]:
+    """The settings that this kind of scheduler has; its config may carry those of the one it was made from besides."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return {name: value for name, value in scheduler.config.items() if name in known}
+
+
+def prediction_of(scheduler: Any) -> str:
+    """What a scheduler takes the U-Net's output for; it serves the U-Nets that were trained to say that.
+
+    epsilon, v_prediction or sample; flow_prediction; for EDM also its σ_data, which the preconditioning needs
+    (Karras et al. 2022 table 1).
+    """
+    config = own_config(scheduler)
+    said = config.get("prediction_type")
+    if "sigma_data" in config:
+        return f"edm {said}, sigma_data {config['sigma_data']:g}"
+    if hasattr(scheduler, "scale_noise"):  # what flow matching's own schedulers have; they have no prediction_type
+        return "flow_prediction"
+    if config.get("use_flow_sigmas", False) != (said == "flow_prediction"):
+        return f"{said} with use_flow_sigmas {config.get('use_flow_sigmas')}"
+    return said or "unknown"
+
+
+def _learned(scheduler: Any) -> bool:
+    return str(own_config(scheduler).get("variance_type")).startswith("learned")
+
+
+def rescaled(guided: Tensor, c: Tensor, rescale: float) -> Tensor:
+    """Guidance without its gain in contrast: Lin et al. 2024 ("Common diffusion noise schedules…") eq. 15-16.
+
+    φ · guided · std(c)/std(guided) + (1-φ) · guided, the deviations over each image's C, h and w.  [B,C,h,w].
+    """
+    if rescale == 0:
+        return guided
+    back = c.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+    return guided * (rescale * back + (1 - rescale))
+
+
+def pixels(image: Any, shape: tuple[int, int, int]) -> Tensor:
+    """PIL, NumPy [H,W,C] or [B,H,W,C], tensor [C,H,W] or [B,C,H,W], or a list of them → float32 [B,C,H,W] in 0..1.
+
+    Whole numbers count 0..255.  ValueError: nothing, something else, another `shape` (C, H, W), other values.
+    """
+    if isinstance(image, list | tuple):
+        if not image:
+            raise ValueError("an empty list of images came")
+        return torch.cat([pixels(one, shape) for one in image])
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.array(image)).movedim(-1, -3) if image.ndim in {3, 4} else torch.tensor(image)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"image: {type(image).__name__} came, PIL, NumPy, a tensor or a list of them was wanted")
+    x = image[None] if image.ndim == 3 else image
+    if x.shape[1:] != shape or len(x) == 0:
+        raise ValueError(f"image: [B,C,H,W] {list(x.shape)} came, {['B', *shape]} was wanted; resize it first")
+    x = x.float() if x.is_floating_point() else x.float() / 255
+    if not (x.min() >= 0 and x.max() <= 1):  # NaN too
+        raise ValueError(f"image: values from {float(x.min()):g} to {float(x.max()):g} came, 0 to 1 was wanted")
+    return x
+
+
+@contextmanager
+def lent(guide: UNet2DConditionModel | None, device: torch.device) -> Generator[None]:
+    """The guide network on this device for as long as it is asked, then where it was."""
+    if guide is None or guide.device == device:
+        yield
+        return
+    home = guide.device
+    torch.nn.Module.to(guide, device)
+    try:
+        yield
+    finally:
+        torch.nn.Module.to(guide, home)
+
+
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Class-conditional latent diffusion (Rombach et al. 2022) with classifier-free guidance (Ho & Salimans 2022)."""
+    """Class-conditional latent diffusion (Rombach et al. 2022) with classifier-free guidance (Ho & Salimans 2022).
+
+    Weights may be in half precision; latents, guidance and the scheduler's steps are fp32 always.  Large images:
+    `pipe.vae.enable_tiling()`, `pipe.vae.enable_slicing()`; little memory: `pipe.enable_model_cpu_offload()`.
+    """
 
     model_cpu_offload_seq = "unet->vae"
 
@@ -47,32 +139,53 @@ class ClassConditionalPipeline(DiffusionPipeline):
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         class_names: list[str] | None = None,
+        prediction: str | None = None,
     ) -> None:
-        """`unet`: trained on (z - shift) * scale of this VAE, its last class embedding the null class."""
+        """`unet`: trained on (z - shift) * scale of this VAE, its last class embedding the null class.
+
+        `prediction`: what it was trained to say, in the words of `prediction_of`; by default what this scheduler takes
+        it for.  It is saved with the pipeline, and a call with a scheduler of another sort is refused.
+        """
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
-        self.register_to_config(class_names=list(class_names) if class_names else None)
+        self.register_to_config(
+            class_names=list(class_names) if class_names else None, prediction=prediction or prediction_of(scheduler)
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config["block_out_channels"]) - 1))
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """This file and model_index.json: with them what is saved or pushed opens wherever diffusers is."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "pipeline.py").write_bytes(Path(__file__).read_bytes())
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """model_index.json, which names the class in the pipeline.py beside it."""
+        said = json.loads(super().to_json_string())
+        return json.dumps(said | {"_class_name": ["pipeline", ClassConditionalPipeline.__name__]}, indent=2) + "\n"
 
     @property
     def num_classes(self) -> int:
         """Classes that can be asked for; the null class is not among them."""
         return null_class(self.unet)
 
-    def label_ids(self, class_labels: Label | Sequence[Label]) -> list[int]:
-        """Labels given as ids or names, one or many → ids.  Raises ValueError naming what is known."""
+    def label_ids(self, class_labels: Label | Iterable[Label]) -> list[int]:
+        """Labels given as ids or names, one or many, mixed → ids.  Raises ValueError naming what is known."""
         names: list[str] | None = self.config["class_names"]
-        asked = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+            class_labels = [class_labels]
         ids: list[int] = []
-        for label in asked:
+        for label in class_labels:
             if isinstance(label, str):
                 if names is None or label not in names:
                     raise ValueError(f"class name {label!r} came; known: {', '.join(names) if names else 'no names'}")
                 ids.append(names.index(label))
-            elif 0 <= int(label) < self.num_classes:
-                ids.append(int(label))
+            elif not hasattr(label, "__index__"):
+                raise ValueError(f"class label {label!r} came, an id or a name was wanted")
+            elif 0 <= index(label) < self.num_classes:
+                ids.append(index(label))
             else:
-                raise ValueError(f"class id {label} came, 0 to {self.num_classes - 1} was wanted")
+                raise ValueError(f"class id {index(label)} came, 0 to {self.num_classes - 1} was wanted")
         if not ids:
             raise ValueError("no class label came")
         return ids
@@ -80,85 +193,212 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Label | Sequence[Label],
+        class_labels: Label | Iterable[Label],
         *,
         guidance_scale: float = 2.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_label: Label | Iterable[Label] | None = None,
+        guide: UNet2DConditionModel | None = None,
+        image: Any = None,
+        strength: float | None = None,
         num_inference_steps: int = 50,
         seeds: int | Sequence[int] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         eta: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw one image for each label.
 
-        `class_labels`: ids or names.  `guidance_scale`: w in u + w (c - u); 1 is the conditional network alone, 0
-        the unconditional one.  `seeds`: an integer for each image (one integer s means s, s + 1, …): an image is a
-        function of its seed and label, whatever else is in the batch.  `generator`: diffusers' own way, instead of
-        `seeds`.  `latents`: [B,C,h,w], instead of both.  `eta`: 0 is DDIM, 1 ancestral (DDIM eq. 16), where the
-        scheduler has it.  `output_type`: pil, np ([B,H,W,3] in 0..1), pt ([B,3,H,W] in 0..1) or latent (z_0).
-        Raises ValueError for unknown labels and lists of different length.
+        What is drawn.  `class_labels`: ids or names, also mixed.  `seeds`: an integer for each image (one integer s
+        means s, s + 1, …): an image is a function of its seed and label, whatever else is in the batch.  `generator`:
+        diffusers' own way, instead of `seeds`.  `latents`: noise from N(0, I), [B,C,h,w], instead of theirs.
+
+        How it is guided.  `guidance_scale`: w in u + w (c - u); 1 is the conditional network alone, 0 the unconditional
+        one, and both cost one evaluation.  `negative_label`: one, or one for each image: u is its prediction instead
+        of the null class's.  `guide`: another, worse U-Net, whose prediction for the same label is u (autoguidance,
+        Karras et al. 2024).  It takes the null class's place, and so goes with no `negative_label`.
+        `guidance_rescale`: φ in 0..1, how much of the added contrast is taken back (Lin et al. 2024).
+        `guidance_interval`: (start, end), shares of the steps counted from pure noise: step i of n is guided where
+        start <= i/n < end, elsewhere w is 1 (Kynkäänniemi et al. 2024).  (0.2, 0.8) spares both ends.
+
+        What it starts from.  `image`: PIL, NumPy [H,W,3] or tensor [3,H,W] in 0..1, a batch or a list of them, at the
+        pipeline's own size; one for all labels, or one for each.  It is encoded to the posterior's mean.  `strength`:
+        the share of the steps that are taken, in whole steps rounded down (0.8 by default): 1 is pure noise, as if no
+        image came; 0 is the VAE's reconstruction.
+
+        How.  `eta`: 0 is DDIM, 1 ancestral (DDIM eq. 16), where the scheduler has it.  `output_type`: pil,
+        np ([B,H,W,3] in 0..1), pt ([B,3,H,W] in 0..1) or latent (z_0).  `callback_on_step_end`: called with the
+        pipeline, the number of the step, its timestep and {"latents": z_t}; what it gives back may hold other latents.
+
+        Raises ValueError, before anything is computed, for arguments out of range, unknown labels, lists of different
+        length, an image of another size, and a guide or scheduler that doesn't fit the U-Net.
         """
         ids = self.label_ids(class_labels)
-        device, dtype = self._execution_device, self.unet.dtype
-        generators = self._generators(seeds, generator, len(ids))
-        z_t = self._initial_noise(latents, generators, len(ids)).to(device, dtype)  # [B,C,h,w]
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        z_t = z_t * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's schedulers have none
-
+        self._check_numbers(num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, output_type)
+        self._check_scheduler()
+        self._check_guide(guide, negative_label)
+        device = self._execution_device
         labels = torch.tensor(ids, device=device)
-        nulls = torch.full_like(labels, self.num_classes)
+        others = labels if guide is not None else self._others(negative_label, len(ids)).to(device)
+        x = self._image(image, strength, len(ids))
+        generators = self._generators(seeds, generator, len(ids))
+        noise = self._noise(latents, generators, len(ids)).to(device, torch.float32)  # [B,C,h,w]
+
+        z_t, first = self._start(noise, x, STRENGTH if strength is None else strength, num_inference_steps)
         extra = self._step_arguments(generators, eta)
-        with self.progress_bar(total=num_inference_steps) as bar:  # pyright: ignore[reportCallIssue]
-            for i, t in enumerate(self.scheduler.timesteps):
+        timesteps = self.scheduler.timesteps
+        start, end = guidance_interval
+        with lent(guide, device), self.progress_bar(total=len(timesteps) - first) as bar:  # pyright: ignore[reportCallIssue]
+            for i, t in enumerate(timesteps[first:], first):
+                w = guidance_scale if start <= i / len(timesteps) < end else 1.0
                 z_in = self.scheduler.scale_model_input(z_t, t) if hasattr(self.scheduler, "scale_model_input") else z_t
-                prediction = self._guided(z_in, t, labels, nulls, guidance_scale)
+                prediction = self._guided(z_in, t, labels, others, w=w, rescale=guidance_rescale, guide=guide)
                 z_t = self.scheduler.step(prediction, t, z_t, **extra).prev_sample
                 if callback_on_step_end is not None:
-                    z_t = callback_on_step_end(self, i, int(t), {"latents": z_t}).get("latents", z_t)
+                    z_t = callback_on_step_end(self, i - first, t.item(), {"latents": z_t}).get("latents", z_t)
                 bar.update()
 
         images: Any = z_t if output_type == "latent" else self._decode(z_t, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _guided(self, z: Tensor, t: Tensor, labels: Tensor, nulls: Tensor, w: float) -> Tensor:
+    def _guided(
+        self,
+        z: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        others: Tensor,
+        *,
+        w: float,
+        rescale: float,
+        guide: UNet2DConditionModel | None,
+    ) -> Tensor:
         """u + w (c - u), Ho & Salimans 2022 eq. 6 with w = 1 + their w.  One half alone where the other has no part.
 
-        A learned variance is not guided: it is c's, and goes on only to a scheduler that has a use for it.
+        u is the U-Net's for `others`, or the guide's.  A learned variance is not guided: it is c's (at w = 0, u's),
+        and goes on only to a scheduler that has a use for it.
         """
         if w == 1:
-            guided, variance = self._predict(z, t, labels)
+            guided, variance = self._predict(self.unet, z, t, labels)
         elif w == 0:
-            guided, variance = self._predict(z, t, nulls)
+            guided, variance = self._predict(self.unet if guide is None else guide, z, t, others)
         else:
-            both, variances = self._predict(torch.cat([z, z]), t, torch.cat([nulls, labels]))
-            u, c = both.chunk(2)
-            guided, variance = u + w * (c - u), variances.chunk(2)[1]
-        takes_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
-        return torch.cat([guided, variance], dim=1) if takes_variance else guided
+            if guide is None:
+                both, variances = self._predict(self.unet, torch.cat([z, z]), t, torch.cat([others, labels]))
+                u, c = both.chunk(2)
+                variance = variances.chunk(2)[1]
+            else:  # Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself") eq. 4
+                u, _ = self._predict(guide, z, t, others)
+                c, variance = self._predict(self.unet, z, t, labels)
+            guided = rescaled(u + w * (c - u), c, rescale)
+        return torch.cat([guided, variance], dim=1) if self._takes_variance else guided
 
-    def _predict(self, z: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The prediction [B,C,h,w], and the learned variance's channels: as many, or none."""
-        condition = class_arguments(labels, self.unet.config["cross_attention_dim"], z.dtype)
-        output = self.unet(z, t, **condition).sample
+    def _predict(self, unet: UNet2DConditionModel, z: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction [B,C,h,w], and the learned variance's channels: as many, or none.  fp32, as z is."""
+        condition = class_arguments(labels, unet.config["cross_attention_dim"], unet.dtype)
+        output = unet(z.to(unet.dtype), t, **condition).sample.to(z.dtype)
         channels = z.shape[1]
         return output[:, :channels], output[:, channels:]
 
+    def _start(self, noise: Tensor, x: Tensor | None, strength: float, steps: int) -> tuple[Tensor, int]:
+        """The latents that sampling starts from, and the index of its first timestep."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps, device=noise.device)
+        kept = steps if x is None else sum(k / steps <= strength for k in range(1, steps + 1))
+        # Some schedulers evaluate the network `order` times a step, and have a timestep for each.
+        first = (steps - kept) * getattr(scheduler, "order", 1)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        if x is None or kept == steps:
+            return noise * getattr(scheduler, "init_noise_sigma", 1.0), 0  # flow matching's schedulers have none
+        z_0 = self._encode(x).expand_as(noise)
+        if kept == 0:
+            return z_0, len(scheduler.timesteps)
+        t = scheduler.timesteps[first : first + 1]
+        if hasattr(scheduler, "scale_noise"):
+            return scheduler.scale_noise(z_0, t, noise), first
+        return scheduler.add_noise(z_0, noise, t), first
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Pixels [B,3,H,W] in 0..1 → z_0 [B,C,h,w], fp32: the posterior's mean."""
+        mean = self.vae.encode((2 * x - 1).to(self._execution_device, self.vae.dtype)).latent_dist.mean.float()
+        return (mean - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config["scaling_factor"]
+
     def _decode(self, z_0: Tensor, output_type: str) -> Any:
         shift = self.vae.config.get("shift_factor") or 0.0
-        z = z_0.to(self.vae.dtype) / self.vae.config["scaling_factor"] + shift
-        x = self.vae.decode(z).sample  # [B,3,H,W] in [-1,1]
+        z = z_0 / self.vae.config["scaling_factor"] + shift
+        x = self.vae.decode(z.to(self.vae.dtype)).sample.float()  # [B,3,H,W] in [-1,1]
         return self.image_processor.postprocess(x, output_type=output_type)
 
-    def _generators(
-        self,
-        seeds: int | Sequence[int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        count: int,
-    ) -> torch.Generator | list[torch.Generator] | None:
+    def _check_numbers(
+        self, steps: int, w: float, rescale: float, interval: tuple[float, float], output_type: str
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"num_inference_steps: {steps} came, 1 or more was wanted")
+        if not (math.isfinite(w) and w >= 0):
+            raise ValueError(f"guidance_scale: {w} came, a finite number of 0 or more was wanted")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance_rescale: {rescale} came, 0 to 1 was wanted")
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval: {interval} came, (start, end) with 0 <= start <= end <= 1 was wanted")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: {output_type!r} came, one of {', '.join(OUTPUT_TYPES)} was wanted")
+
+    @property
+    def _takes_variance(self) -> bool:
+        """Whether the scheduler's steps use a learned variance: ancestral ones of variance_type learned*."""
+        known = inspect.signature(getattr(self.scheduler, "_get_variance", self.scheduler.step)).parameters
+        return "predicted_variance" in known and _learned(self.scheduler)
+
+    def _check_scheduler(self) -> None:
+        kind, wanted = type(self.scheduler).__name__, self.config["prediction"]
+        if (said := prediction_of(self.scheduler)) != wanted:
+            raise ValueError(
+                f"scheduler: {kind} came, which takes the U-Net's output for {said!r}; it was trained to say {wanted!r}"
+            )
+        if not self._takes_variance and _learned(self.scheduler):  # such solvers keep three channels: no latents
+            raise ValueError(f"scheduler: {kind} with a learned variance came, variance_type=None was wanted")
+        if self._takes_variance and self.unet.config["out_channels"] != 2 * self.unet.config["in_channels"]:
+            raise ValueError(f"scheduler: {kind} with a learned variance came, and this U-Net says none")
+
+    def _check_guide(self, guide: UNet2DConditionModel | None, negative_label: Any) -> None:
+        if guide is None:
+            return
+        if negative_label is not None:
+            raise ValueError("guide and negative_label came; one of them was wanted: each takes the null class's place")
+        differ = [name for name in GUIDE_SHARES if guide.config[name] != self.unet.config[name]]
+        if differ:
+            said = (f"{name} {guide.config[name]} came, {self.unet.config[name]} was wanted" for name in differ)
+            raise ValueError(f"guide: {'; '.join(said)}")
+
+    def _others(self, negative_label: Label | Iterable[Label] | None, count: int) -> Tensor:
+        """What is guided away from, int64 [B]: the null class, or the negative labels."""
+        ids = [self.num_classes] if negative_label is None else self.label_ids(negative_label)
+        if len(ids) not in {1, count}:
+            raise ValueError(f"{len(ids)} negative labels came for {count} labels; as many or one was wanted")
+        return torch.tensor(ids).expand(count)
+
+    def _image(self, image: Any, strength: float | None, count: int) -> Tensor | None:
+        """The image argument as [B or 1,C,H,W] in 0..1, checked."""
+        if strength is not None and not 0 <= strength <= 1:
+            raise ValueError(f"strength: {strength} came, 0 to 1 was wanted")
+        if image is None:
+            if strength is not None:
+                raise ValueError("strength came without an image")
+            return None
+        size = self.unet.config["sample_size"] * self.image_processor.config["vae_scale_factor"]
+        x = pixels(image, (self.vae.config["in_channels"], size, size))
+        if len(x) not in {1, count}:
+            raise ValueError(f"{len(x)} images came for {count} labels; as many or one was wanted")
+        if not (hasattr(self.scheduler, "add_noise") or hasattr(self.scheduler, "scale_noise")):
+            raise ValueError(f"image: {type(self.scheduler).__name__} can't add noise to one; another was wanted")
+        return x
+
+    def _generators(self, seeds: int | Sequence[int] | None, generator: Generators, count: int) -> Generators:
         if seeds is not None and generator is not None:
             raise ValueError("seeds and generator came; one of them was wanted")
         if isinstance(seeds, int):
@@ -169,9 +409,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} seeds or generators came for {count} labels")
         return generator
 
-    def _initial_noise(
-        self, latents: Tensor | None, generator: torch.Generator | list[torch.Generator] | None, count: int
-    ) -> Tensor:
+    def _noise(self, latents: Tensor | None, generator: Generators, count: int) -> Tensor:
         size = self.unet.config["sample_size"]
         shape = (self.unet.config["in_channels"], size, size)
         if latents is not None:
@@ -183,7 +421,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         device = generator.device if generator is not None else torch.device("cpu")
         return torch.randn((count, *shape), generator=generator, device=device)
 
-    def _step_arguments(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
+    def _step_arguments(self, generator: Generators, eta: float) -> dict[str, Any]:
         """What this scheduler's `step` takes besides the usual."""
         known = inspect.signature(self.scheduler.step).parameters
         given = {"eta": eta, "generator": generator}

@@ -13,7 +13,6 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
 
-from pipeline import checkpoint, class_conditional, files, program, sampler
+from pipeline import checkpoint, files, program, sampler
 from pipeline.checkpoint import BrokenError, Checkpoint, weights_stem
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config, DiffusionConfig
@@ -137,11 +136,7 @@ def write_export(
     pipe: ClassConditionalPipeline, folder: Path, config: Config, average: Average, passport: dict[str, Any]
 ) -> None:
     """Write the diffusers folder: models in safetensors, the pipeline's code, the model card, its passport."""
-    pipe.save_pretrained(folder, safe_serialization=True)
-    shutil.copyfile(class_conditional.__file__, folder / "pipeline.py")
-    index = files.read_json(folder / "model_index.json")
-    index["_class_name"] = ["pipeline", ClassConditionalPipeline.__name__]  # the class in pipeline.py beside it
-    files.write_json(folder / "model_index.json", index)
+    pipe.save_pretrained(folder, safe_serialization=True)  # its code too
     files.write_text(folder / "README.md", model_card(config, average))
     files.write_json(folder / PASSPORT, passport)
 

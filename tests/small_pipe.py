@@ -12,7 +12,7 @@ from pipeline.config import DiffusionConfig
 from vae.moments import LatentScale
 
 
-def small_pipe(scale: float = 0.5, channels_out: int = 4) -> Any:
+def small_pipe(scale: float = 0.5, channels_out: int = 4, diffusion: DiffusionConfig | None = None) -> Any:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -31,4 +31,4 @@ def small_pipe(scale: float = 0.5, channels_out: int = 4) -> Any:
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **kinds)  # pyright: ignore[reportArgumentType]
     for model in (unet, vae):
         model.requires_grad_(False).eval()
-    return sampler.assemble(unet, vae, LatentScale(scale), DiffusionConfig(), None)
+    return sampler.assemble(unet, vae, LatentScale(scale), diffusion or DiffusionConfig(), None)
