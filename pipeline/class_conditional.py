@@ -315,6 +315,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             scheduler.set_begin_index(first)
         if x is None or kept == steps:
             return noise * getattr(scheduler, "init_noise_sigma", 1.0), 0  # flow matching's schedulers have none
+        if len(scheduler.timesteps) > steps * getattr(
+            scheduler, "order", 1
+        ):  # PNDM's warm-up is part of its first steps
+            raise ValueError(f"image: {type(scheduler).__name__} can't begin midway; another scheduler was wanted")
         z_0 = self._encode(x).expand_as(noise)
         if kept == 0:
             return z_0, len(scheduler.timesteps)
@@ -401,8 +405,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _generators(self, seeds: int | Sequence[int] | None, generator: Generators, count: int) -> Generators:
         if seeds is not None and generator is not None:
             raise ValueError("seeds and generator came; one of them was wanted")
-        if isinstance(seeds, int):
-            seeds = range(seeds, seeds + count)
+        if isinstance(seeds, int | np.integer):
+            seeds = range(int(seeds), int(seeds) + count)
         if seeds is not None:
             generator = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
         if isinstance(generator, list) and len(generator) != count:

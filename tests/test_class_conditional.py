@@ -21,6 +21,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     ScoreSdeVeScheduler,
     UNet2DConditionModel,
 )
@@ -245,9 +246,7 @@ def test_a_network_that_guides_itself_is_conditional_alone(pipe: Any, w: float) 
         torch.testing.assert_close(latents(pipe, guidance_scale=w, guide=same), plain, rtol=0, atol=1e-6)
 
 
-def test_autoguidance_leads_away_from_the_guides_conditional_prediction(
-    pipe: Any, guide: UNet2DConditionModel
-) -> None:
+def test_autoguidance_leads_away_from_the_guides_conditional_prediction(pipe: Any, guide: UNet2DConditionModel) -> None:
     step = {"num_inference_steps": 1}
     c, guided = latents(pipe, guidance_scale=1.0, **step), latents(pipe, guide=guide, **step)
     unet, pipe.unet = pipe.unet, guide
@@ -408,13 +407,17 @@ def test_a_guide_of_another_shape_is_refused(pipe: Any) -> None:
         latents(pipe, guide=pipe.unet, negative_label=1)
 
 
-def test_an_image_needs_a_scheduler_that_adds_noise(pipe: Any) -> None:
+def test_an_image_needs_a_scheduler_that_adds_noise_and_begins_midway(pipe: Any) -> None:
     class Noiseless(DDIMScheduler):
         add_noise = property()  # pyright: ignore[reportAssignmentType]
 
     pipe.scheduler = Noiseless.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="Noiseless can't add noise"):
         latents(pipe, image=picture())
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="PNDMScheduler can't begin midway"):
+        latents(pipe, image=picture())
+    assert torch.equal(latents(pipe, image=picture(), strength=1.0), latents(pipe))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
