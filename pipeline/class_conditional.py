@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 Label = int | str
+UNet = UNet2DConditionModel
 Generators = torch.Generator | list[torch.Generator] | None
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -31,7 +32,7 @@ STRENGTH = 0.8  # of the way back to noise, where an image came and no strength
 GUIDE_SHARES = ("in_channels", "out_channels", "sample_size", "num_class_embeds", "cross_attention_dim")
 
 
-def null_class(unet: UNet2DConditionModel) -> int:
+def null_class(unet: UNet) -> int:
     """The label that means "no class": the last row of the class embedding."""
     return int(unet.config["num_class_embeds"]) - 1
 
@@ -111,7 +112,7 @@ def pixels(image: Any, shape: tuple[int, int, int]) -> Tensor:
 
 
 @contextmanager
-def lent(guide: UNet2DConditionModel | None, device: torch.device) -> Generator[None]:
+def lent(guide: UNet | None, device: torch.device) -> Generator[None]:
     """The guide network on this device for as long as it is asked, then where it was."""
     if guide is None or guide.device == device:
         yield
@@ -136,7 +137,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __init__(
         self,
         vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
+        unet: UNet,
         scheduler: SchedulerMixin,
         class_names: list[str] | None = None,
         prediction: str | None = None,
@@ -199,7 +200,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_label: Label | Iterable[Label] | None = None,
-        guide: UNet2DConditionModel | None = None,
+        guide: UNet | None = None,
         image: Any = None,
         strength: float | None = None,
         num_inference_steps: int = 50,
@@ -267,15 +268,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _guided(
-        self,
-        z: Tensor,
-        t: Tensor,
-        labels: Tensor,
-        others: Tensor,
-        *,
-        w: float,
-        rescale: float,
-        guide: UNet2DConditionModel | None,
+        self, z: Tensor, t: Tensor, labels: Tensor, others: Tensor, *, w: float, rescale: float, guide: UNet | None
     ) -> Tensor:
         """u + w (c - u), Ho & Salimans 2022 eq. 6 with w = 1 + their w.  One half alone where the other has no part.
 
@@ -297,7 +290,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             guided = rescaled(u + w * (c - u), c, rescale)
         return torch.cat([guided, variance], dim=1) if self._takes_variance else guided
 
-    def _predict(self, unet: UNet2DConditionModel, z: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, unet: UNet, z: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction [B,C,h,w], and the learned variance's channels: as many, or none.  fp32, as z is."""
         condition = class_arguments(labels, unet.config["cross_attention_dim"], unet.dtype)
         output = unet(z.to(unet.dtype), t, **condition).sample.to(z.dtype)
@@ -341,16 +334,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _check_numbers(
         self, steps: int, w: float, rescale: float, interval: tuple[float, float], output_type: str
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"num_inference_steps: {steps} came, 1 or more was wanted")
-        if not (math.isfinite(w) and w >= 0):
-            raise ValueError(f"guidance_scale: {w} came, a finite number of 0 or more was wanted")
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"guidance_rescale: {rescale} came, 0 to 1 was wanted")
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval: {interval} came, (start, end) with 0 <= start <= end <= 1 was wanted")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type: {output_type!r} came, one of {', '.join(OUTPUT_TYPES)} was wanted")
+        for name, value, fits, wanted in (
+            ("num_inference_steps", steps, steps >= 1, "1 or more"),
+            ("guidance_scale", w, math.isfinite(w) and w >= 0, "a finite number of 0 or more"),
+            ("guidance_rescale", rescale, 0 <= rescale <= 1, "0 to 1"),
+            ("guidance_interval", interval, 0 <= interval[0] <= interval[1] <= 1, "0 <= start <= end <= 1"),
+            ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: {value!r} came, {wanted} was wanted")
 
     @property
     def _takes_variance(self) -> bool:
@@ -369,7 +361,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if self._takes_variance and self.unet.config["out_channels"] != 2 * self.unet.config["in_channels"]:
             raise ValueError(f"scheduler: {kind} with a learned variance came, and this U-Net says none")
 
-    def _check_guide(self, guide: UNet2DConditionModel | None, negative_label: Any) -> None:
+    def _check_guide(self, guide: UNet | None, negative_label: Any) -> None:
         if guide is None:
             return
         if negative_label is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from small_pipe import small_pipe
 from torch import Tensor
 
 from pipeline import class_conditional
-from pipeline.class_conditional import ClassConditionalPipeline, rescaled
+from pipeline.class_conditional import ClassConditionalPipeline, lent, rescaled
 from pipeline.config import DiffusionConfig
 
 LABELS, SEEDS = [0, 2], [3, 4]
@@ -258,6 +259,16 @@ def test_autoguidance_leads_away_from_the_guides_conditional_prediction(pipe: An
     assert latents(pipe, guide=guide.to(torch.bfloat16)).dtype == torch.float32
 
 
+def test_a_guide_is_moved_to_the_device_and_back(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda _, device: moves.append(device.type))
+    with pytest.raises(KeyboardInterrupt), lent(pipe.unet, torch.device("meta")):
+        raise KeyboardInterrupt
+    with lent(pipe.unet, torch.device("cpu")), lent(None, torch.device("meta")):
+        pass
+    assert moves == ["meta", "cpu"]
+
+
 @each_scheduler
 def test_strength_one_is_as_if_no_image_came(name: str) -> None:
     pipe = pipe_of(name)
@@ -466,3 +477,19 @@ def test_what_is_saved_opens_anywhere_and_stays_itself(tmp_path: Path, diffusion
         assert torch.equal(latents(other), wanted)
         assert callable(other.push_to_hub)
     assert (tmp_path / "two" / "pipeline.py").read_bytes() == Path(class_conditional.__file__).read_bytes()
+
+
+def test_the_saved_prediction_holds_for_a_scheduler_given_in_its_place(tmp_path: Path) -> None:
+    pipe = small_pipe(diffusion=EDM)
+    pipe.save_pretrained(tmp_path)
+    opened: Any = ClassConditionalPipeline.from_pretrained(
+        tmp_path, trust_remote_code=True, scheduler=DDIMScheduler(), torch_dtype={"unet": torch.bfloat16}
+    )
+    assert (opened.unet.dtype, opened.vae.dtype) == (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="'epsilon'; it was trained to say 'edm epsilon, sigma_data 1'"):
+        latents(opened)
+    said = json.loads((tmp_path / "model_index.json").read_text())
+    del said["prediction"]  # as in an older export: the scheduler saved with it tells
+    (tmp_path / "model_index.json").write_text(json.dumps(said))
+    older: Any = ClassConditionalPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert older.config["prediction"] == pipe.config["prediction"]
