@@ -311,6 +311,15 @@ def test_an_image_is_noised_as_the_scheduler_says_and_drawn_from_there(name: str
     torch.testing.assert_close(inputs[0], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_start_at_a_timestep_that_comes_twice_is_found(pipe: Any) -> None:
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    pipe.scheduler.set_timesteps(50)
+    timesteps = pipe.scheduler.timesteps.tolist()
+    first = next(i for i in range(50) if timesteps[i] == timesteps[i + 1])
+    latents(pipe, image=picture(), strength=(50 - first) / 50, num_inference_steps=50, guidance_scale=1.0)
+    assert pipe.scheduler.step_index == 50
+
+
 def test_images_come_in_every_form(pipe: Any) -> None:
     whole = (picture() * 255).round().to(torch.uint8)
     array = whole[0].permute(1, 2, 0).numpy()
