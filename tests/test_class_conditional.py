@@ -312,7 +312,7 @@ def test_an_image_is_noised_as_the_scheduler_says_and_drawn_from_there(name: str
 
 
 def test_a_start_at_a_timestep_that_comes_twice_is_found(pipe: Any) -> None:
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_exponential_sigmas=True)
     pipe.scheduler.set_timesteps(50)
     timesteps = pipe.scheduler.timesteps.tolist()
     first = next(i for i in range(50) if timesteps[i] == timesteps[i + 1])
