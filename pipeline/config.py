@@ -5,10 +5,12 @@ Fields marked FREE may differ when a run is continued; all others make the run w
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from pipeline.presets import PRESETS
 from vae.config import FREE, Section, VaeConfig
 
 
@@ -139,32 +141,66 @@ class DataConfig(Section):
         return self
 
 
+def _shape(key: str, description: str, **limits: Any) -> Any:
+    """A field of UnetConfig that the preset gives where nothing else does."""
+
+    def of_preset(validated: dict[str, Any]) -> Any:
+        return PRESETS[validated["preset"]][key]
+
+    unnamed = json.dumps(PRESETS[None][key]).replace('"', "")  # as YAML has it
+    return Field(default_factory=of_preset, description=f"{description} Without a preset: {unnamed}.", **limits)
+
+
 class UnetConfig(Section):
     """Arguments of diffusers' UNet2DConditionModel, under its own names; the rest follows from other sections."""
 
-    block_out_channels: tuple[int, ...] = Field(default=(64, 128), min_length=1, description="Channels per level.")
-    layers_per_block: int = Field(default=2, gt=0, description="Residual layers per level.")
-    down_block_types: tuple[str, ...] = Field(
-        default=("DownBlock2D", "CrossAttnDownBlock2D"), description="Block class per level, from fine to coarse."
+    preset: Literal["digits", "ldm4_class", "ldm4_class_token", "sd15", "sd2"] | None = Field(
+        default=None,
+        description="A shape by name; it gives the keys below that are left out. digits, ldm4_class: of the shipped "
+        "configs; ldm4_class_token: latent diffusion's own, with the class as a token; sd15, sd2: Stable Diffusion's.",
+        json_schema_extra=FREE,  # the keys themselves are compared
     )
-    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] = Field(
-        default="UNetMidBlock2DCrossAttn", description="Block class in the middle."
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Pretrained weights to begin with: a diffusers folder of the U-Net, or one with unet/ inside, or a "
+        "hub id org/name of either, which is downloaded and brings the keys below; or a .safetensors file in Stable "
+        "Diffusion's own format, with the preset that it fits. null: random weights, by the seed.",
     )
-    up_block_types: tuple[str, ...] = Field(
-        default=("CrossAttnUpBlock2D", "UpBlock2D"), description="Block class per level, from coarse to fine."
+    block_out_channels: tuple[int, ...] = _shape("block_out_channels", "Channels per level.", min_length=1)
+    layers_per_block: int = _shape("layers_per_block", "Residual layers per level.", gt=0)
+    down_block_types: tuple[str, ...] = _shape("down_block_types", "Block class per level, from fine to coarse.")
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] = _shape(
+        "mid_block_type", "Block class in the middle."
     )
-    attention_head_dim: int = Field(
-        default=4, gt=0, description="Attention heads per block (diffusers' name and meaning: a count)."
+    up_block_types: tuple[str, ...] = _shape("up_block_types", "Block class per level, from coarse to fine.")
+    attention_head_dim: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)], ...] = _shape(
+        "attention_head_dim",
+        "Attention heads per block (diffusers' name and meaning: a count), one number or one per level, from fine to "
+        "coarse.",
     )
-    cross_attention_dim: int = Field(default=64, gt=0, description="Width D of the condition tokens.")
-    norm_num_groups: int = Field(default=32, gt=0, description="Groups of each GroupNorm.")
+    cross_attention_dim: int = _shape("cross_attention_dim", "Width D of the condition tokens.", gt=0)
+    use_linear_projection: bool = _shape(
+        "use_linear_projection",
+        "Whether the projections around attention are stored as linear layers (Stable Diffusion 2) or as 1×1 "
+        "convolutions; they compute the same.",
+    )
+    norm_num_groups: int = _shape("norm_num_groups", "Groups of each GroupNorm.", gt=0)
+    class_embedding: bool = _shape(
+        "class_embedding",
+        "Whether a class enters through an embedding that is added to the timestep's; false: as a token of the "
+        "cross-attention, which can't be trained yet.",
+    )
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
+        if self.preset is None and self.start_from is not None and not self.start_from.endswith(".safetensors"):
+            return self  # keys that were left out are those of the folder it starts from
         levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types"):
-            given = len(getattr(self, name))
-            if given != levels:
+        for name in ("down_block_types", "up_block_types", "attention_head_dim"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(cast(tuple[Any, ...], value)) != levels:
+                given = len(cast(tuple[Any, ...], value))
                 raise ValueError(f"{name} has {given} entries, block_out_channels has {levels}")
         for channels in self.block_out_channels:
             # A group of one channel has its mean removed, and with it the timestep's and the class's shift.
@@ -174,6 +210,17 @@ class UnetConfig(Section):
                     "channels per group was wanted"
                 )
         return self
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The keyword arguments of UNet2DConditionModel among these."""
+        return {key: getattr(self, key) for key in PRESETS[None] if key != "class_embedding"}
+
+    @property
+    def asked_shape(self) -> dict[str, Any]:
+        """Those of them that were asked for, by name or by a preset; the others are defaults."""
+        asked = self.model_fields_set if self.preset is None else set(self.shape)
+        return {key: value for key, value in self.shape.items() if key in asked}
 
 
 class ConditioningConfig(Section):
@@ -531,6 +578,16 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.num_inference_steps={steps} must divide diffusion.num_timesteps={total}; "
                 f"nearest: {' and '.join(map(str, near))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _class_can_be_told(self) -> Self:
+        if self.conditioning.kind == "class" and not self.unet.class_embedding:
+            named = f", as in preset: {self.unet.preset}," if self.unet.preset else ""
+            raise ValueError(
+                f"unet.class_embedding=false{named} gives the class to the cross-attention as a token, which can't be "
+                "trained yet; class_embedding: true was wanted, as in preset: ldm4_class"
             )
         return self
 

@@ -38,6 +38,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         found = error.errors()
         # A list with a wrong item is not also too short.
         inner = {e["loc"][:length] for e in found for length in range(len(e["loc"]))}
+        # A default that follows from a wrong value is no mistake of its own.
+        found = [e for e in found if e["type"] != "default_factory_not_called"]
         raise UsageError("\n".join(_explain(e, places) for e in found if e["loc"] not in inner)) from None
 
 

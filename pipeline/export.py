@@ -164,6 +164,8 @@ def model_card(config: Config, average: Average) -> str:
     origin = found.state["latents"]["origin"]
     names = [*(config.conditioning.class_names or map(str, range(config.conditioning.num_classes)))]
     diffusion, images_seen = config.diffusion, found.state["data"]["position"]
+    start = found.state.get("started_from")
+    began = f"`{start['source']}`, weights `{start['weights_sha256'][:16]}`" if start else "random weights"
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -191,6 +193,7 @@ its own for this U-Net.
 |---|---|
 | data | image shards `{", ".join(config.data.train_images)}`, fingerprint `{origin["source_fingerprint"][:16]}` |
 | autoencoder | `{origin["vae_sha256"][:16]}`, latents scaled by {found.state["latents"]["scale"]:.6g} |
+| started from | {began} |
 | objective | {objective_words(diffusion)} |
 | steps | {found.step:,} of {config.train.global_batch_images} images ({images_seen:,} images seen) |
 | condition dropout | {config.conditioning.dropout:g} |

@@ -34,6 +34,7 @@ from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.metrics.pictures import labelled_grid
 from pipeline.optim import UpdateRule, learning_rate_at
+from pipeline.pretrained import open_pretrained, resolved
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
@@ -55,6 +56,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
     del args
     run = Path(config.run_dir)
     engine = Engine(config.engine)
+    with blame("unet.start_from"):
+        config = config.model_copy(update={"unet": resolved(config.unet)})
     engine.main_does(lambda: claim(run, config, IDENTITY))
 
     # frozen VAE and data: latents know which VAE made them, and at what scale
@@ -89,13 +92,16 @@ def train(config: Config, args: argparse.Namespace) -> None:
 
     # U-Net, optimizer, EMA; resume
     objective = objective_of(config.diffusion, engine.device)
-    unet = build_unet(
-        config.unet,
-        config.conditioning,
-        latent_shape,
-        config.seed,
-        learned_variance=config.diffusion.variance_type == "learned_range",
-    )
+    with blame("unet.start_from" if config.unet.start_from else "unet"):
+        start = open_pretrained(config.unet)
+        unet = build_unet(
+            config.unet,
+            config.conditioning,
+            latent_shape,
+            config.seed,
+            learned_variance=config.diffusion.variance_type == "learned_range",
+            start=start,
+        )
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     settings = config.optimizer
@@ -126,7 +132,10 @@ def train(config: Config, args: argparse.Namespace) -> None:
             ),
         ),
         config=config,
-        record={"latents": {name: described[name] for name in ("scale", "shift", "origin")}},
+        record={
+            "latents": {name: described[name] for name in ("scale", "shift", "origin")},
+            "started_from": start.record if start else None,
+        },
     )
 
     def loss_of(model: Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

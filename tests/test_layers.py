@@ -23,7 +23,7 @@ VAE = """
 """
 LAYERS = {
     "L0 words": """
-        pipeline.errors pipeline.files pipeline.config pipeline.config_file
+        pipeline.errors pipeline.files pipeline.presets pipeline.config pipeline.config_file
     """,
     "L1 parts": """
         pipeline
@@ -36,7 +36,8 @@ LAYERS = {
         pipeline.diffusion.densities pipeline.diffusion.likelihood pipeline.diffusion.sampling pipeline.diffusion.sde
         pipeline.diffusion.bound pipeline.diffusion.ode_likelihood
         pipeline.diffusion.objectives pipeline.diffusion.edm pipeline.diffusion.flow
-        pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.unet pipeline.denoiser
+        pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.pretrained pipeline.unet
+        pipeline.denoiser
         pipeline.ema pipeline.optim
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
         pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.plots
@@ -63,7 +64,8 @@ ALONE = {
     "pipeline.class_conditional": (),  # its file is copied into every export
     "pipeline.errors": (),
     "pipeline.files": (),
-    "pipeline.config": ("vae.config",),
+    "pipeline.presets": (),
+    "pipeline.config": ("vae.config", "pipeline.presets"),
     "pipeline.diffusion": ("pipeline.diffusion",),
     "pipeline.metrics": ("pipeline.metrics",),
     "vae": ("vae",),
