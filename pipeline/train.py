@@ -102,6 +102,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
             learned_variance=config.diffusion.variance_type == "learned_range",
             start=start,
         )
+    started_from = start.record if start else None
+    del start  # its weights, when the network's own have gone to the device
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     settings = config.optimizer
@@ -134,7 +136,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config=config,
         record={
             "latents": {name: described[name] for name in ("scale", "shift", "origin")},
-            "started_from": start.record if start else None,
+            "started_from": started_from,
         },
     )
 
