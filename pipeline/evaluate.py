@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pipeline import denoiser, files, program, sampler
+from pipeline import files, program, sampler
 from pipeline.bounds import Costs, likelihood_scores
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
@@ -39,6 +39,7 @@ from pipeline.metrics.classifier import ImageClassifier
 from pipeline.metrics.neighbours import nearest
 from pipeline.metrics.pictures import neighbours_picture
 from pipeline.metrics.scores import image_scores
+from pipeline.run_folder import check_same
 from pipeline.sample import open_export
 from vae.metrics import psnr, reconstruct
 
@@ -70,7 +71,7 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
     if config.data.validation_images is None:
         raise UsageError("data.validation_images: evaluate compares with held-out images; name their folder")
     pipe = open_export(run / "export", config)
-    check_diffusion(pipe, config)
+    check_same(run, config, ("conditioning", "diffusion"))
     drawn = {scale: draw_all(engine, config, pipe, scale) for scale in config.evaluation.guidance_scales}
     engine.wait()
 
@@ -80,24 +81,6 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
         show(scores, config, run)
 
     engine.main_does(score)
-
-
-def check_diffusion(pipe: ClassConditionalPipeline, config: Config) -> None:
-    """Raise UsageError where the config means another diffusion than the export: its bits would be wrong."""
-    theirs, ours = pipe.scheduler, denoiser.scheduler_of(config.diffusion)
-    if type(theirs).__name__ != type(ours).__name__:
-        wrong = ["objective"]
-    else:
-        keys = (key for key in ours.config if not key.startswith("_"))
-        wrong = [key for key in keys if theirs.config.get(key) != ours.config[key]]
-    learned = pipe.unet.config["out_channels"] == 2 * pipe.unet.config["in_channels"]
-    if learned != (config.diffusion.variance_type == "learned_range"):
-        wrong.append("variance_type")
-    if wrong:
-        raise UsageError(
-            f"diffusion: the config's {', '.join(wrong)} differs from that of {config.run_dir}/export; "
-            f"{config.run_dir}/config.yaml has what it was trained with"
-        )
 
 
 def asked_labels(config: Config) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ from pipeline.config import Config, DiffusionConfig
 from pipeline.config_file import to_yaml
 from pipeline.ema import profiles
 from pipeline.errors import RunError, UsageError, blame
+from pipeline.run_folder import check_same
 from vae.model import load, weights_sha256
 from vae.moments import LatentScale
 
@@ -52,6 +53,7 @@ def export(config: Config, args: argparse.Namespace) -> None:
     """checkpoint → pipeline → folder → loaded back, sampled, compared → RUN/export."""
     run = Path(config.run_dir)
     average = find_average(config, args.ema)
+    check_same(run, config, ("conditioning", "diffusion"))
     found = average.found
     passport = {
         "checkpoint": found.path.name,

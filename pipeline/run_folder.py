@@ -68,20 +68,23 @@ def claim(folder: Path, config: Config, sections: tuple[str, ...]) -> None:
     with blame(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-    mine = identity(config, sections)
     begun = any((folder / "checkpoints").glob("step-*"))
     if begun:
-        if not (folder / "config.yaml").exists():
-            raise UsageError(
-                f"{folder}: has checkpoints but no config.yaml to tell whose; restore it or move them away"
-            )
-        was = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        differing = [key for key in mine if was.get(key) != mine[key]]
-        if differing:
-            said = "; ".join(f"{key} was {was.get(key)!r}, now {mine[key]!r}" for key in differing)
-            raise UsageError(f"{folder}: belongs to another config: {said}. Restore these or choose another folder")
+        check_same(folder, config, sections)
     files.write_text(folder / "config.yaml", to_yaml(config))
     write_status(folder, "running", step=None if begun else 0)
+
+
+def check_same(folder: Path, config: Config, sections: tuple[str, ...]) -> None:
+    """Raise UsageError where a run's folder is of a config that differs in `sections`, naming every key that does."""
+    if not (folder / "config.yaml").exists():
+        raise UsageError(f"{folder}: has checkpoints but no config.yaml to tell whose; restore it or move them away")
+    mine = identity(config, sections)
+    was = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    differing = [key for key in mine if was.get(key) != mine[key]]
+    if differing:
+        said = "; ".join(f"{key} was {was.get(key)!r}, now {mine[key]!r}" for key in differing)
+        raise UsageError(f"{folder}: belongs to another config: {said}. Restore these or choose another folder")
 
 
 def in_use(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from world import small_config
 
 from pipeline import checkpoint, export, reconstruct, saving, snapshots
 from pipeline.checkpoint import weights_stem
-from pipeline.config_file import load_config
+from pipeline.config_file import load_config, to_yaml
 from pipeline.ema import Decay, Ema, Power
 from pipeline.errors import RunError, UsageError
 from pipeline.unet import build_unet
@@ -319,6 +319,7 @@ def test_snapshots_of_two_courses_are_not_mixed(made: tuple[Path, Path], capsys:
 
 def test_any_average_can_be_exported(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     config, run = made
+    (run / "config.yaml").write_text(to_yaml(load_config(config)))  # as train leaves it
     assert reconstruct.main([str(config), "--sigma-rel=0.13"]) == 0
     reconstructed = f"power-0.13-step-{STEPS:09d}"
     seen: list[str] = []
