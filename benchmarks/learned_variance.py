@@ -19,13 +19,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline.bounds import Costs
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.data.dataset import read_images
-from pipeline.sample import open_export
+from pipeline.sampler import Asked
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits_class.yaml"
@@ -78,14 +77,14 @@ def main() -> None:
     for seed in range(args.seeds):
         fixed, learned = (trained(folder, seed, kind, args.steps) for kind in ("fixed_large", "learned_range"))
         images, labels, _ = read_images(folder / "data/digits/validation", size=fixed.data.image_size, limit=10_000)
-        classes = torch.from_numpy(labels)
+        asked = [Asked(label) for label in labels.tolist()]
         bits: dict[tuple[str, int], np.ndarray] = {}
         for config, kind in ((fixed, "fixed_large"), (fixed, "fixed_small"), (learned, "learned_range")):
-            pipe = open_export(folder / config.run_dir / "export", config)
+            pipe = sampler.open_export(folder / config.run_dir / "export", "cpu")
             costs = Costs(pipe, config.diffusion.model_copy(update={"variance_type": kind}), 0, 360)
             of = costs.encode(images, range(len(images)))
             for chain in (config.diffusion.num_timesteps, 50):
-                bits[kind, chain] = costs.bound(of, classes, chain, args.terms).total_bits.numpy()
+                bits[kind, chain] = costs.bound(of, asked, chain, args.terms).total_bits.numpy()
         for kind in ("fixed_large", "fixed_small"):
             for chain in (fixed.diffusion.num_timesteps, 50):
                 difference = bits["learned_range", chain] - bits[kind, chain]

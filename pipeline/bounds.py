@@ -1,7 +1,7 @@
 """What held-out images cost under the model: the variational bound, the ODE's likelihood, the bound in pixels.
 
 Conventions, for latents z of the autoencoder as it gives them: z ~ q(z|x), one draw for each image; densities are of z,
-so the log-Jacobian of the scale is in them; the condition is the image's own class, without guidance.  Every draw is a
+so the log-Jacobian of the scale is in them; the condition is the image's own, without guidance.  Every draw is a
 function of (seed, image, timestep), so models that are scored on the same images are compared in pairs.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import denoiser, files
-from pipeline.class_conditional import ClassConditionalPipeline, class_arguments
+from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import DiffusionConfig, LikelihoodConfig
 from pipeline.data import draws
 from pipeline.data.draws import Purpose
@@ -28,6 +28,7 @@ from pipeline.diffusion.likelihood import average, discretized_gaussian_nll
 from pipeline.diffusion.ode_likelihood import ode_nll
 from pipeline.diffusion.schedule import respaced
 from pipeline.metrics.plots import bound_plot
+from pipeline.sampler import Asked, told_of
 from vae.likelihood import autoencoder_nll, fit_log_variance, mean_square_log_variance, pixel_bound, posterior_entropy
 from vae.moments import LatentScale, encode_moments, sample_posterior
 
@@ -72,17 +73,17 @@ class Costs:
         z = sample_posterior(moments, torch.from_numpy(np.stack(noise)).to(vae.device))
         return Encoded(x, moments, self.latent_scale.normalise(z), list(indices))
 
-    def network(self, labels: Tensor) -> denoiser.Network:
-        """The U-Net told the images' own classes, int64 [B]."""
+    def network(self, asked: Sequence[Asked]) -> denoiser.Network:
+        """The U-Net told the images' own classes and captions."""
         unet = self.pipe.unet
+        condition = self.pipe.tell(**told_of(self.pipe, asked)).arguments(unet.config, torch.float32)
 
         def told(z: Tensor, time: Tensor) -> Tensor:
-            condition = class_arguments(labels, unet.config["cross_attention_dim"], torch.float32)
             return unet(z.float(), time, **condition).sample
 
         return told
 
-    def bound(self, of: Encoded, labels: Tensor, num_steps: int | None, num_terms: int | None) -> Bound:
+    def bound(self, of: Encoded, asked: Sequence[Asked], num_steps: int | None, num_terms: int | None) -> Bound:
         """The bound of the chain of num_steps steps (None: all T), from num_terms of its terms (None: all)."""
         schedule, told = denoiser.schedule_of(self.diffusion), None
         if num_steps is not None and num_steps < schedule.num_timesteps:
@@ -107,14 +108,14 @@ class Costs:
             else:
                 u = [draws.uniforms(self.seed, Purpose.LIKELIHOOD_TIMESTEPS, i, num_terms - 1) for i in indices]
                 chosen = stratified_terms(torch.from_numpy(np.stack(u)), schedule)
-            network, settings = self.network(labels[part]), self.diffusion
+            network, settings = self.network(asked[part]), self.diffusion
             reverse = reverse_of(network, schedule, settings.prediction_type, settings.variance_type, told=told)
             return variational_bound(z_0, schedule, reverse, noise, chosen=chosen)
 
         with torch.no_grad():
             return Bound.joined([one(part) for part in self._parts(len(of.z_0))])
 
-    def ode(self, of: Encoded, labels: Tensor, num_probes: int | None, tolerance: float) -> tuple[Tensor, int]:
+    def ode(self, of: Encoded, asked: Sequence[Asked], num_probes: int | None, tolerance: float) -> tuple[Tensor, int]:
         """-ln p(z_0) of the probability-flow ODE, nats per element [N]; and the network's calls in a batch, at most.
 
         num_probes: random directions of the trace; None: the exact one.
@@ -124,7 +125,7 @@ class Costs:
         for part in self._parts(len(of.z_0)):
             z_0 = of.z_0[part]
             probes = None if num_probes is None else self._probes(of.indices[part], z_0, num_probes)
-            eps_of, log_snr_max, log_snr_min = denoiser.eps_at(self.diffusion, self.network(labels[part]))
+            eps_of, log_snr_max, log_snr_min = denoiser.eps_at(self.diffusion, self.network(asked[part]))
             result = ode_nll(z_0, eps_of, log_snr_max, log_snr_min, probes=probes, tolerance=tolerance)
             found.append(result.nll)
             calls = max(calls, result.num_evaluations)
@@ -159,7 +160,7 @@ class Costs:
 
 
 def likelihood_scores(
-    costs: Costs, config: LikelihoodConfig, train: Images, images: Images, labels: NDArray[np.int64], *, plot: Path
+    costs: Costs, config: LikelihoodConfig, train: Images, images: Images, asked: Sequence[Asked], *, plot: Path
 ) -> dict[str, float | int]:
     """Bits of the first held-out images, evenly spaced over the set, by name; and the picture of the bound's terms.
 
@@ -169,18 +170,18 @@ def likelihood_scores(
     scores: dict[str, float | int] = {}
     scale = costs.latent_scale
 
-    def chosen(count: int) -> tuple[Encoded, Tensor]:
+    def chosen(count: int) -> tuple[Encoded, list[Asked]]:
         at = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
-        return costs.encode(images[at], at.tolist()), torch.from_numpy(labels[at]).to(costs.pipe.device)
+        return costs.encode(images[at], at.tolist()), [asked[i] for i in at]
 
     def add(name: str, nats: Tensor) -> None:
         mean, error = average(nats / math.log(2))
         scores[f"likelihood/{name}_bits_per_dim"], scores[f"likelihood/{name}_standard_error"] = mean, error
 
     if config.num_images and costs.diffusion.objective == "ddpm":
-        of, classes = chosen(config.num_images)
+        of, told = chosen(config.num_images)
         schedule = denoiser.schedule_of(costs.diffusion).to(of.z_0.device)
-        bound = costs.bound(of, classes, None, config.num_timesteps)
+        bound = costs.bound(of, told, None, config.num_timesteps)
         in_z = autoencoder_nll(bound.total, scale)
         scores["likelihood/num_images"] = len(of.x)
         add("bound", in_z)
@@ -192,7 +193,7 @@ def likelihood_scores(
         for steps in config.chain_steps:
             add(
                 f"bound_{steps}_steps",
-                autoencoder_nll(costs.bound(of, classes, steps, config.num_timesteps).total, scale),
+                autoencoder_nll(costs.bound(of, told, steps, config.num_timesteps).total, scale),
             )
         fit = np.linspace(0, len(train) - 1, min(FIT_IMAGES, len(train))).round().astype(int)
         _, log_variance = costs.decoder(costs.encode(train[fit], fit.tolist()), None)
@@ -205,8 +206,8 @@ def likelihood_scores(
         scores["likelihood/decoder_std_levels"] = math.exp(log_variance / 2) * 127.5
         draw_terms(plot, bound)
     if config.ode_images:
-        of, classes = chosen(config.ode_images)
-        nll, calls = costs.ode(of, classes, config.ode_probes, config.ode_tolerance)
+        of, told = chosen(config.ode_images)
+        nll, calls = costs.ode(of, told, config.ode_probes, config.ode_tolerance)
         add("ode", autoencoder_nll(nll, scale))
         scores |= {"likelihood/ode_num_images": len(of.x), "likelihood/ode_evaluations": calls}
     return scores

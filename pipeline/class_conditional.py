@@ -1,4 +1,4 @@
-"""A diffusers pipeline that draws images of the classes asked for, from a latent U-Net with class embeddings.
+"""A diffusers pipeline that draws images of the classes asked for, of the prompts, or of both, from a latent U-Net.
 
 This file is saved with the pipeline as `pipeline.py` and opens there with
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; so it imports nothing of the project it comes from.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,24 +29,71 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRENGTH = 0.8  # of the way back to noise, where an image came and no strength
-GUIDE_SHARES = ("in_channels", "out_channels", "sample_size", "num_class_embeds", "cross_attention_dim")
+GUIDE_SHARES = (
+    *("in_channels", "out_channels", "sample_size"),
+    *("num_class_embeds", "encoder_hid_dim", "cross_attention_dim", "addition_embed_type"),
+)
 
 
-def null_class(unet: UNet) -> int:
-    """The label that means "no class": the last row of the class embedding."""
-    return int(unet.config["num_class_embeds"]) - 1
+class Told(NamedTuple):
+    """What the U-Net is told of B images beside z_t and t; None: what this model is not told."""
+
+    labels: Tensor | None = None  # int64 [B]; the last class is the null class
+    tokens: Tensor | None = None  # [B,L,D] of the text encoders
+    pooled: Tensor | None = None  # [B,P] of the second of two, as Stable Diffusion XL has it
+    time_ids: Tensor | None = None  # [B,6] beside it, pixels: see `time_ids`
+
+    def beside(self, other: Told) -> Told:
+        """Both after one another, [2B,...]."""
+        return Told(*(None if a is None or b is None else torch.cat([a, b]) for a, b in zip(self, other, strict=True)))
+
+    def arguments(self, unet_config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """As keyword arguments of UNet2DConditionModel.
+
+        The class enters through the class embedding, added to the timestep's; or, in a U-Net without one, as a single
+        condition token, a row of its linear layer `encoder_hid_proj` (Rombach et al. 2022, the class-conditional
+        models).  UNet2DConditionModel wants condition tokens in any case: without text, one of zeros, [B,1,D].
+        """
+        given: dict[str, Any] = {}
+        labels, tokens = self.labels, self.tokens
+        if labels is not None and unet_config["num_class_embeds"]:
+            given["class_labels"] = labels
+        elif labels is not None:
+            rows = unet_config["encoder_hid_dim"]
+            tokens = torch.nn.functional.one_hot(labels, rows)[:, None]
+        if tokens is None:
+            assert labels is not None
+            tokens = torch.zeros(len(labels), 1, unet_config["cross_attention_dim"], device=labels.device)
+        given["encoder_hidden_states"] = tokens.to(dtype)
+        if self.pooled is not None and self.time_ids is not None:
+            given["added_cond_kwargs"] = {"text_embeds": self.pooled.to(dtype), "time_ids": self.time_ids.to(dtype)}
+        return given
 
 
-def class_arguments(labels: Tensor, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Class labels int64 [B] → the U-Net's condition.
+def null_class(unet: UNet) -> int | None:
+    """The label that means "no class": the last row of the class embedding.  None in a U-Net without classes."""
+    rows = unet.config["num_class_embeds"] or unet.config["encoder_hid_dim"]
+    return int(rows) - 1 if rows else None
 
-    The class enters through the class embedding, added to the timestep's.  UNet2DConditionModel wants condition
-    tokens all the same: one of zeros, [B,1,D].
+
+def read_text(encoders: Sequence[Any], input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What CLIP text models make of token ids int64 [B,K,L], K of them → tokens [B,L,D] and pooled [B,P].
+
+    Of one encoder the last hidden state, as StableDiffusionPipeline has it, and nothing pooled.  Of two the last hidden
+    states but one, side by side, and the projection of the second, as StableDiffusionXLPipeline has them.
     """
-    return {
-        "class_labels": labels,
-        "encoder_hidden_states": torch.zeros(len(labels), 1, width, device=labels.device, dtype=dtype),
-    }
+    if len(encoders) == 1:
+        return encoders[0](input_ids[:, 0])[0], None
+    said = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids.unbind(1), strict=True)]
+    return torch.cat([output.hidden_states[-2] for output in said], dim=-1), said[1].text_embeds
+
+
+def time_ids(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> list[int]:
+    """What an SDXL network is told of sizes (Podell et al. 2023 section 2.2), pixels: six numbers.
+
+    Height and width of the image as it was found; top and left of the square in the image scaled; its height and width.
+    """
+    return [*original, *corner, *target]
 
 
 def own_config(scheduler: Any) -> dict[str, Any]:
@@ -128,11 +175,13 @@ def lent(guide: UNet | None, device: torch.device) -> Generator[None]:
 class ClassConditionalPipeline(DiffusionPipeline):
     """Class-conditional latent diffusion (Rombach et al. 2022) with classifier-free guidance (Ho & Salimans 2022).
 
-    Weights may be in half precision; latents, guidance and the scheduler's steps are fp32 always.  Large images:
+    With text encoders it draws from prompts too, and from both together where the U-Net knows both.  Weights may be in
+    half precision; latents, guidance and the scheduler's steps are fp32 always.  Large images:
     `pipe.vae.enable_tiling()`, `pipe.vae.enable_slicing()`; little memory: `pipe.enable_model_cpu_offload()`.
     """
 
-    model_cpu_offload_seq = "unet->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components = ["tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -141,14 +190,29 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         class_names: list[str] | None = None,
         prediction: str | None = None,
+        *,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        tokenizer_2: Any = None,
+        text_encoder_2: Any = None,
     ) -> None:
-        """`unet`: trained on (z - shift) * scale of this VAE, its last class embedding the null class.
+        """`unet`: trained on (z - shift) * scale of this VAE, its last class the null class.
+
+        `tokenizer`, `text_encoder`: CLIP's, where it was trained on captions; `_2`: the second ones, as in SDXL.
 
         `prediction`: what it was trained to say, in the words of `prediction_of`; by default what this scheduler takes
         it for.  It is saved with the pipeline, and a call with a scheduler of another sort is refused.
         """
         super().__init__()
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_modules(
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2,
+        )
         self.register_to_config(
             class_names=list(class_names) if class_names else None, prediction=prediction or prediction_of(scheduler)
         )
@@ -167,8 +231,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int:
-        """Classes that can be asked for; the null class is not among them."""
-        return null_class(self.unet)
+        """Classes that can be asked for; the null class is not among them.  0: this model knows none."""
+        return null_class(self.unet) or 0
+
+    @property
+    def _pixels(self) -> int:
+        """The side of the images."""
+        return self.unet.config["sample_size"] * self.image_processor.config["vae_scale_factor"]
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """CLIP's text models: none, one or two."""
+        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
 
     def label_ids(self, class_labels: Label | Iterable[Label]) -> list[int]:
         """Labels given as ids or names, one or many, mixed → ids.  Raises ValueError naming what is known."""
@@ -192,14 +266,75 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ids
 
     @torch.no_grad()
+    def tell(
+        self,
+        class_labels: Label | Iterable[Label] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        count: int | None = None,
+    ) -> Told:
+        """Classes, prompts or both, as the U-Net is told them; one of a kind serves for all `count` images.
+
+        What the model knows and isn't given is its null condition: the null class, the text "".  Raises ValueError.
+        """
+        ids = None if class_labels is None else self.label_ids(class_labels)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        for name, given, known in (
+            ("class_labels", ids, self.num_classes),
+            ("prompt", prompts, len(self.text_encoders)),
+        ):
+            if given is not None and not known:
+                raise ValueError(f"{name} came, which this model was not trained with")
+        counts = {len(given) for given in (ids, prompts) if given is not None} | ({count} if count else set())
+        if len(counts - {1}) > 1 or 0 in counts:
+            raise ValueError(
+                f"{len(ids or ())} labels and {len(prompts or ())} prompts came"
+                + (f" for {count} images" if count else "")
+                + "; as many of each, or one for all, were wanted"
+            )
+        num_images, device = max(counts, default=1), self._execution_device
+        told = Told()
+        if self.num_classes:
+            told = Told(torch.tensor(ids or [self.num_classes], device=device).expand(num_images))
+        if self.text_encoders:
+            tokens, pooled = read_text(self.text_encoders, self.input_ids(prompts or [""]).to(device))
+            told = told._replace(tokens=tokens.expand(num_images, -1, -1))
+            if pooled is not None:
+                size = (self._pixels, self._pixels)
+                ids_of_size = torch.tensor([time_ids(size, (0, 0), size)], device=device, dtype=tokens.dtype)
+                told = told._replace(pooled=pooled.expand(num_images, -1), time_ids=ids_of_size.expand(num_images, -1))
+        return told
+
+    def input_ids(self, prompts: Sequence[Any]) -> Tensor:
+        """Token ids of B prompts for each text encoder, int64 [B,K,L]; what is too long is cut off."""
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt: {prompt!r} came, a text was wanted")
+        return torch.stack(
+            [
+                words(
+                    list(prompts),
+                    padding="max_length",
+                    max_length=words.model_max_length,
+                    truncation=True,
+                    return_tensors="pt",
+                ).input_ids
+                for words in (self.tokenizer, self.tokenizer_2)
+                if words is not None
+            ],
+            dim=1,
+        )
+
+    @torch.no_grad()
     def __call__(
         self,
-        class_labels: Label | Iterable[Label],
+        class_labels: Label | Iterable[Label] | None = None,
+        prompt: str | Sequence[str] | None = None,
         *,
         guidance_scale: float = 2.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_label: Label | Iterable[Label] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guide: UNet | None = None,
         image: Any = None,
         strength: float | None = None,
@@ -212,16 +347,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw one image for each label.
+        """Draw one image for each label, or for each prompt.
 
-        What is drawn.  `class_labels`: ids or names, also mixed.  `seeds`: an integer for each image (one integer s
-        means s, s + 1, …): an image is a function of its seed and label, whatever else is in the batch.  `generator`:
+        What is drawn.  `class_labels`: ids or names, also mixed; `prompt`: texts; a model of both wants both, one of
+        a kind serves for all.  `seeds`: an integer for each image (one integer s means s, s + 1, …): an image is a
+        function of its seed, label and prompt, whatever else is in the batch.  `generator`:
         diffusers' own way, instead of `seeds`.  `latents`: noise from N(0, I), [B,C,h,w], instead of theirs.
 
         How it is guided.  `guidance_scale`: w in u + w (c - u); 1 is the conditional network alone, 0 the unconditional
-        one, and both cost one evaluation.  `negative_label`: one, or one for each image: u is its prediction instead
-        of the null class's.  `guide`: another, worse U-Net, whose prediction for the same label is u (autoguidance,
-        Karras et al. 2024).  It takes the null class's place, and so goes with no `negative_label`.
+        one, and both cost one evaluation.  `negative_label`, `negative_prompt`: one, or one for each image: u is their
+        prediction instead of the null condition's.  `guide`: another, worse U-Net, whose prediction for the same
+        condition is u (autoguidance, Karras et al. 2024).  It takes their place, and so goes with none of them.
         `guidance_rescale`: φ in 0..1, how much of the added contrast is taken back (Lin et al. 2024).
         `guidance_interval`: (start, end), shares of the steps counted from pure noise: step i of n is guided where
         start <= i/n < end, elsewhere w is 1 (Kynkäänniemi et al. 2024).  (0.2, 0.8) spares both ends.
@@ -235,19 +371,31 @@ class ClassConditionalPipeline(DiffusionPipeline):
         np ([B,H,W,3] in 0..1), pt ([B,3,H,W] in 0..1) or latent (z_0).  `callback_on_step_end`: called with the
         pipeline, the number of the step, its timestep and {"latents": z_t}; what it gives back may hold other latents.
 
-        Raises ValueError, before anything is computed, for arguments out of range, unknown labels, lists of different
-        length, an image of another size, and a guide or scheduler that doesn't fit the U-Net.
+        Raises ValueError, before anything is computed, for arguments out of range, unknown labels, a condition that the
+        model doesn't know or lacks, lists of different length, an image of another size, and a guide or scheduler that
+        doesn't fit the U-Net.
         """
-        ids = self.label_ids(class_labels)
         self._check_numbers(num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, output_type)
         self._check_scheduler()
-        self._check_guide(guide, negative_label)
+        self._check_guide(guide, negative_label, negative_prompt)
+        for name, given, known in (
+            ("class_labels", class_labels, self.num_classes),
+            ("prompt", prompt, len(self.text_encoders)),
+        ):
+            if given is None and known:
+                raise ValueError(f"no {name} came, which this model wants")
+        labels = None if class_labels is None else self.label_ids(class_labels)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        count = max(len(labels or ()), len(prompts or ()))
+        x = self._image(image, strength, count)
+        generators = self._generators(seeds, generator, count)
         device = self._execution_device
-        labels = torch.tensor(ids, device=device)
-        others = labels if guide is not None else self._others(negative_label, len(ids)).to(device)
-        x = self._image(image, strength, len(ids))
-        generators = self._generators(seeds, generator, len(ids))
-        noise = self._noise(latents, generators, len(ids)).to(device, torch.float32)  # [B,C,h,w]
+        noise = self._noise(latents, generators, count).to(device, torch.float32)  # [B,C,h,w]
+        c = self.tell(labels, prompts, count)
+        try:
+            u = c if guide is not None else self.tell(negative_label, negative_prompt, count)
+        except ValueError as error:
+            raise ValueError(f"negative_label, negative_prompt: {error}") from None
 
         z_t, first = self._start(noise, x, STRENGTH if strength is None else strength, num_inference_steps)
         extra = self._step_arguments(generators, eta)
@@ -257,7 +405,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps[first:], first):
                 w = guidance_scale if start <= i / len(timesteps) < end else 1.0
                 z_in = self.scheduler.scale_model_input(z_t, t) if hasattr(self.scheduler, "scale_model_input") else z_t
-                prediction = self._guided(z_in, t, labels, others, w=w, rescale=guidance_rescale, guide=guide)
+                prediction = self._guided(z_in, t, c, u, w=w, rescale=guidance_rescale, guide=guide)
                 z_t = self.scheduler.step(prediction, t, z_t, **extra).prev_sample
                 if callback_on_step_end is not None:
                     z_t = callback_on_step_end(self, i - first, t.item(), {"latents": z_t}).get("latents", z_t)
@@ -268,7 +416,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _guided(
-        self, z: Tensor, t: Tensor, labels: Tensor, others: Tensor, *, w: float, rescale: float, guide: UNet | None
+        self, z: Tensor, t: Tensor, told: Told, others: Told, *, w: float, rescale: float, guide: UNet | None
     ) -> Tensor:
         """u + w (c - u), Ho & Salimans 2022 eq. 6 with w = 1 + their w.  One half alone where the other has no part.
 
@@ -276,24 +424,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
         and goes on only to a scheduler that has a use for it.
         """
         if w == 1:
-            guided, variance = self._predict(self.unet, z, t, labels)
+            guided, variance = self._predict(self.unet, z, t, told)
         elif w == 0:
             guided, variance = self._predict(self.unet if guide is None else guide, z, t, others)
         else:
             if guide is None:
-                both, variances = self._predict(self.unet, torch.cat([z, z]), t, torch.cat([others, labels]))
+                both, variances = self._predict(self.unet, torch.cat([z, z]), t, others.beside(told))
                 u, c = both.chunk(2)
                 variance = variances.chunk(2)[1]
             else:  # Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself") eq. 4
                 u, _ = self._predict(guide, z, t, others)
-                c, variance = self._predict(self.unet, z, t, labels)
+                c, variance = self._predict(self.unet, z, t, told)
             guided = rescaled(u + w * (c - u), c, rescale)
         return torch.cat([guided, variance], dim=1) if self._takes_variance else guided
 
-    def _predict(self, unet: UNet, z: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, unet: UNet, z: Tensor, t: Tensor, told: Told) -> tuple[Tensor, Tensor]:
         """The prediction [B,C,h,w], and the learned variance's channels: as many, or none.  fp32, as z is."""
-        condition = class_arguments(labels, unet.config["cross_attention_dim"], unet.dtype)
-        output = unet(z.to(unet.dtype), t, **condition).sample.to(z.dtype)
+        output = unet(z.to(unet.dtype), t, **told.arguments(unet.config, unet.dtype)).sample.to(z.dtype)
         channels = z.shape[1]
         return output[:, :channels], output[:, channels:]
 
@@ -361,22 +508,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if self._takes_variance and self.unet.config["out_channels"] != 2 * self.unet.config["in_channels"]:
             raise ValueError(f"scheduler: {kind} with a learned variance came, and this U-Net says none")
 
-    def _check_guide(self, guide: UNet | None, negative_label: Any) -> None:
+    def _check_guide(self, guide: UNet | None, negative_label: Any, negative_prompt: Any) -> None:
         if guide is None:
             return
-        if negative_label is not None:
-            raise ValueError("guide and negative_label came; one of them was wanted: each takes the null class's place")
+        for name, given in (("negative_label", negative_label), ("negative_prompt", negative_prompt)):
+            if given is not None:
+                raise ValueError(
+                    f"guide and {name} came; one of them was wanted: each takes the null condition's place"
+                )
         differ = [name for name in GUIDE_SHARES if guide.config[name] != self.unet.config[name]]
         if differ:
             said = (f"{name} {guide.config[name]} came, {self.unet.config[name]} was wanted" for name in differ)
             raise ValueError(f"guide: {'; '.join(said)}")
-
-    def _others(self, negative_label: Label | Iterable[Label] | None, count: int) -> Tensor:
-        """What is guided away from, int64 [B]: the null class, or the negative labels."""
-        ids = [self.num_classes] if negative_label is None else self.label_ids(negative_label)
-        if len(ids) not in {1, count}:
-            raise ValueError(f"{len(ids)} negative labels came for {count} labels; as many or one was wanted")
-        return torch.tensor(ids).expand(count)
 
     def _image(self, image: Any, strength: float | None, count: int) -> Tensor | None:
         """The image argument as [B or 1,C,H,W] in 0..1, checked."""
@@ -386,10 +529,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if strength is not None:
                 raise ValueError("strength came without an image")
             return None
-        size = self.unet.config["sample_size"] * self.image_processor.config["vae_scale_factor"]
-        x = pixels(image, (self.vae.config["in_channels"], size, size))
+        x = pixels(image, (self.vae.config["in_channels"], self._pixels, self._pixels))
         if len(x) not in {1, count}:
-            raise ValueError(f"{len(x)} images came for {count} labels; as many or one was wanted")
+            raise ValueError(f"{len(x)} images came for {count} labels or prompts; as many or one was wanted")
         if not (hasattr(self.scheduler, "add_noise") or hasattr(self.scheduler, "scale_noise")):
             raise ValueError(f"image: {type(self.scheduler).__name__} can't add noise to one; another was wanted")
         return x
@@ -402,7 +544,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if seeds is not None:
             generator = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} seeds or generators came for {count} labels")
+            raise ValueError(f"{len(generator)} seeds or generators came for {count} labels or prompts")
         return generator
 
     def _noise(self, latents: Tensor | None, generator: Generators, count: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.class_conditional import class_arguments
+from pipeline.class_conditional import Told
 
 
 def is_dropped(u: float, rate: float) -> bool:
@@ -13,10 +13,6 @@ def is_dropped(u: float, rate: float) -> bool:
     return u < rate
 
 
-def unet_arguments(class_label: Tensor, dropped: Tensor, *, num_classes: int, width: int) -> dict[str, Tensor]:
-    """Labels int64 [B] and dropped bool [B] → keyword arguments of UNet2DConditionModel.
-
-    `num_classes` is also the id of the null class.  `width`: D of the condition tokens.
-    """
-    labels = torch.where(dropped, num_classes, class_label)
-    return class_arguments(labels, width, torch.float32)
+def told_class(class_label: Tensor, dropped: Tensor, *, num_classes: int) -> Told:
+    """Labels int64 [B] and dropped bool [B] → what the U-Net is told.  `num_classes` is also the null class's id."""
+    return Told(labels=torch.where(dropped, num_classes, class_label))

@@ -40,7 +40,7 @@ from pipeline.metrics.neighbours import nearest
 from pipeline.metrics.pictures import neighbours_picture
 from pipeline.metrics.scores import image_scores
 from pipeline.run_folder import check_same
-from pipeline.sample import open_export
+from pipeline.sampler import Asked
 from vae.metrics import psnr, reconstruct
 
 Scores = dict[str, float | int | str]
@@ -70,7 +70,7 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
     run = Path(config.run_dir)
     if config.data.validation_images is None:
         raise UsageError("data.validation_images: evaluate compares with held-out images; name their folder")
-    pipe = open_export(run / "export", config)
+    pipe = sampler.open_export(run / "export", engine.device)
     check_same(run, config, ("conditioning", "diffusion"))
     drawn = {scale: draw_all(engine, config, pipe, scale) for scale in config.evaluation.guidance_scales}
     engine.wait()
@@ -114,7 +114,7 @@ def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, gui
             if number % engine.num_ranks == engine.rank and not path.exists():
                 pixels = sampler.draw(
                     pipe,
-                    labels[start : indices.stop].tolist(),
+                    [Asked(label) for label in labels[start : indices.stop].tolist()],
                     indices,
                     seed=config.seed,
                     guidance_scale=guidance_scale,
@@ -161,9 +161,8 @@ def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float,
     program.say("counting the bits of held-out images")
     costs = Costs(pipe, config.diffusion, config.seed, config.evaluation.batch_images)
     plot = run / "evaluation" / "bound.png"
-    return scores | likelihood_scores(
-        costs, config.evaluation.likelihood, train, validation, validation_labels, plot=plot
-    )
+    asked = [Asked(label) for label in validation_labels.tolist()]
+    return scores | likelihood_scores(costs, config.evaluation.likelihood, train, validation, asked, plot=plot)
 
 
 def read_sets(key: str, folders: Sequence[str], config: Config) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -11,18 +11,15 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
 from pipeline import files, program, sampler
-from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
+from pipeline.engine import Engine
 from pipeline.errors import UsageError
 from pipeline.metrics.pictures import labelled_grid
+from pipeline.sampler import Asked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sample(config: Config, args: argparse.Namespace) -> None:
     """export → images → one picture."""
-    pipe = open_export(Path(config.run_dir) / "export", config)
+    pipe = sampler.open_export(Path(config.run_dir) / "export", Engine(config.engine).device)
     names = config.conditioning.class_names or tuple(str(i) for i in range(config.conditioning.num_classes))
     asked: list[str | int] = list(range(min(10, len(names))))
     if args.classes:
@@ -54,7 +51,7 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     with tqdm(total=len(labels), desc="sample", unit=" images", dynamic_ncols=True) as bar:
         pixels = sampler.draw(
             pipe,
-            labels,
+            [Asked(label) for label in labels],
             range(len(labels)),
             seed=config.seed if args.seed is None else args.seed,
             guidance_scale=config.evaluation.guidance_scales[-1] if args.guidance is None else args.guidance,
@@ -67,16 +64,6 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     with files.whole(out) as aside:
         labelled_grid(rows, scale=2).save(aside, format="PNG")
     program.say(f"the picture is {out}")
-
-
-def open_export(folder: Path, config: Config) -> ClassConditionalPipeline:
-    """RUN/export in plain diffusers, on the GPU where there is one.  Raises UsageError where it is missing."""
-    if not (folder / "model_index.json").exists():
-        raise UsageError(f"{folder}: no export here; run: python -m pipeline export with this config")
-    disable_progress_bar()  # of loading three small files
-    pipe = cast(ClassConditionalPipeline, DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() and config.engine.device == "auto" else "cpu")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils.logging import disable_progress_bar
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
@@ -18,7 +20,15 @@ from pipeline.config import DiffusionConfig
 from pipeline.data.draws import Purpose, integer_seed
 from pipeline.data.images import to_pixels
 from pipeline.denoiser import scheduler_of
+from pipeline.errors import UsageError
 from vae.moments import LatentScale
+
+
+class Asked(NamedTuple):
+    """What an image is asked to show; None: what the model isn't told."""
+
+    label: int | None = None
+    prompt: str | None = None
 
 
 def assemble(
@@ -49,9 +59,36 @@ def sample_seeds(seed: int, indices: Sequence[int]) -> list[int]:
     return [integer_seed(seed, Purpose.SAMPLE, index) for index in indices]
 
 
+def told_of(pipe: ClassConditionalPipeline, asked: Sequence[Asked]) -> dict[str, Any]:
+    """What a model is asked for B images, as arguments of the pipeline: those of them that it knows."""
+    given: dict[str, Any] = {}
+    if pipe.num_classes:
+        given["class_labels"] = [one.label for one in asked]
+    if pipe.text_encoders:
+        given["prompt"] = [one.prompt for one in asked]
+    return given
+
+
+def open_export(folder: Path, device: torch.device | str) -> ClassConditionalPipeline:
+    """An export, opened as any user of diffusers would.  Raises UsageError where none is there.
+
+    A text model's is a stock pipeline; its parts are taken over, so that it is asked in the same way as any other.
+    """
+    if not (folder / "model_index.json").exists():
+        raise UsageError(f"{folder}: no export here; run: python -m pipeline export with this config")
+    disable_progress_bar()  # of loading a few small files
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    if type(pipe).__name__ != ClassConditionalPipeline.__name__:
+        parts = ("vae", "unet", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+        taken: dict[str, Any] = {name: getattr(pipe, name, None) for name in parts}
+        pipe = ClassConditionalPipeline(**taken)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
 def draw(
     pipe: ClassConditionalPipeline,
-    labels: Sequence[int],
+    asked: Sequence[Asked],
     indices: Sequence[int],
     *,
     seed: int,
@@ -60,13 +97,13 @@ def draw(
     batch_images: int,
     bar: tqdm[Any] | None = None,
 ) -> NDArray[np.uint8]:
-    """uint8 [N,H,W,3]: image i shows labels[i] and starts from the noise of (seed, indices[i])."""
+    """uint8 [N,H,W,3]: image i shows asked[i] and starts from the noise of (seed, indices[i])."""
     images: list[NDArray[np.uint8]] = []
     seeds = sample_seeds(seed, indices)
-    for first in range(0, len(labels), batch_images):
+    for first in range(0, len(asked), batch_images):
         part = slice(first, first + batch_images)
         x = pipe(
-            list(labels[part]),
+            **told_of(pipe, asked[part]),
             seeds=seeds[part],
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,

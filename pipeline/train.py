@@ -23,7 +23,7 @@ from torch.nn import Module
 
 from pipeline import files, program, sampler
 from pipeline.class_conditional import ClassConditionalPipeline
-from pipeline.conditioning import unet_arguments
+from pipeline.conditioning import told_class
 from pipeline.config import Config
 from pipeline.data import latents, online
 from pipeline.data.dataset import Samples
@@ -36,6 +36,7 @@ from pipeline.metrics.pictures import labelled_grid
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.pretrained import open_pretrained, resolved
 from pipeline.run_folder import claim, write_status
+from pipeline.sampler import Asked
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
 from vae.model import load, weights_sha256
@@ -145,13 +146,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
         moments = batch["moments"].float() if "moments" in batch else moments_of(batch["x"])  # [B,2C,h,w]
         z_0 = latent_scale.normalise(sample_posterior(moments, batch["posterior_noise"]))  # [B,C,h,w]
         noised = objective.noised(z_0, batch["u"], batch["eps"])
-        told = unet_arguments(
-            batch["class_label"],
-            batch["dropped"],
-            num_classes=condition.num_classes,
-            width=config.unet.cross_attention_dim,
-        )
-        output = model(noised.z, noised.time, **told).sample
+        told = told_class(batch["class_label"], batch["dropped"], num_classes=condition.num_classes)
+        output = model(noised.z, noised.time, **told.arguments(unet.config, torch.float32)).sample
         loss, parts = objective.loss(output, z_0, batch["eps"], noised)
         return loss.mean(), {name: part.mean() for name, part in parts.items()}
 
@@ -233,7 +229,7 @@ def save_picture(run: Path, step: int, config: Config, pipe: ClassConditionalPip
     labels = [label for label in classes for _ in range(PICTURE_COLUMNS)]
     pixels = sampler.draw(
         pipe,
-        labels,
+        [Asked(label) for label in labels],
         range(len(labels)),
         seed=config.seed,
         guidance_scale=config.evaluation.guidance_scales[-1],

@@ -17,10 +17,11 @@ from world import World
 from pipeline.bounds import Costs, likelihood_scores
 from pipeline.config import DiffusionConfig, LikelihoodConfig
 from pipeline.data.draws import Purpose, normal
+from pipeline.sampler import Asked
 from vae.moments import encode_moments, sample_posterior
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
-LABELS = np.arange(10) % 3
+ASKED = [Asked(int(label)) for label in np.arange(10) % 3]
 
 
 def costs_of(values: dict[str, Any] | None = None, **words: Any) -> Costs:
@@ -32,7 +33,7 @@ class Gaussian(torch.nn.Module):
 
     def __init__(self, costs: Costs) -> None:
         super().__init__()
-        self.config = costs.pipe.unet.config
+        self.config, self.device = costs.pipe.unet.config, torch.device("cpu")
         from pipeline.denoiser import schedule_of
 
         self.schedule = schedule_of(costs.diffusion)
@@ -56,17 +57,17 @@ def test_latents_are_posterior_draws_by_seed_and_index() -> None:
 
 def test_all_terms_are_the_bound_and_some_are_an_estimate_of_it() -> None:
     costs = costs_of({"num_timesteps": 40})
-    of, labels = costs.encode(IMAGES, range(10)), torch.from_numpy(LABELS)
-    whole = costs.bound(of, labels, None, None)
+    of = costs.encode(IMAGES, range(10))
+    whole = costs.bound(of, ASKED, None, None)
     assert whole.terms.shape == (10, 40)
-    again = costs.bound(of, labels, 40, 40)
+    again = costs.bound(of, ASKED, 40, 40)
     assert torch.equal(whole.total, again.total)
-    some = costs.bound(of, labels, None, 21)
+    some = costs.bound(of, ASKED, None, 21)
     assert some.terms.shape == (10, 21)
     torch.testing.assert_close(some.terms[:, 0], whole.terms[:, 0])  # L_0, of the same draw
     chosen = whole.terms.gather(1, some.chosen.t)
     torch.testing.assert_close(some.terms, chosen)  # the same t has the same noise, whatever else is asked
-    short = costs.bound(of, labels, 8, None)
+    short = costs.bound(of, ASKED, 8, None)
     assert short.terms.shape == (10, 8)
 
 
@@ -76,7 +77,7 @@ def test_the_network_hears_the_images_own_classes() -> None:
     costs.pipe.unet.register_forward_pre_hook(
         lambda _, args, kwargs: heard.append(kwargs["class_labels"]), with_kwargs=True
     )
-    costs.bound(costs.encode(IMAGES, range(10)), torch.from_numpy(LABELS), None, 2)
+    costs.bound(costs.encode(IMAGES, range(10)), ASKED, None, 2)
     assert [h.tolist() for h in heard[::2]] == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0]]
 
 
@@ -86,15 +87,15 @@ def test_the_best_network_costs_a_normal_latent_its_entropy() -> None:
     costs.pipe.unet = Gaussian(costs)  # type: ignore[assignment]
     of = costs.encode(IMAGES, range(10))
     of = type(of)(of.x, of.moments, torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(1)), of.indices)
-    nll, calls = costs.ode(of, torch.from_numpy(LABELS), 1, 1e-4)
+    nll, calls = costs.ode(of, ASKED, 1, 1e-4)
     exact = 0.5 * (math.log(2 * math.pi) + of.z_0.double().square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(nll, exact, rtol=0, atol=1e-3)
     assert calls > 5
     few = type(of)(of.x[:2, :, :1, :1], of.moments[:2], of.z_0[:2, :1, :2, :2], of.indices[:2])
-    nll, _ = costs.ode(few, torch.from_numpy(LABELS[:2]), None, 1e-4)  # the exact trace
+    nll, _ = costs.ode(few, ASKED[:2], None, 1e-4)  # the exact trace
     exact = 0.5 * (math.log(2 * math.pi) + few.z_0.double().square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(nll, exact, rtol=0, atol=1e-3)
-    bound = costs.bound(of, torch.from_numpy(LABELS), None, 300).total
+    bound = costs.bound(of, ASKED, None, 300).total
     entropy = 0.5 * (math.log(2 * math.pi) + 1)
     assert entropy < float(bound.mean()) < entropy + 0.4  # fixed β costs 0.34 nats more than the best variance
 
@@ -103,7 +104,7 @@ def test_the_best_network_costs_a_normal_latent_its_entropy() -> None:
 def test_scores_of_a_chain(kind: str, tmp_path: Any) -> None:
     costs = costs_of({"variance_type": kind, "num_timesteps": 20}, channels_out=8 if kind == "learned_range" else 4)
     config = LikelihoodConfig(num_images=6, num_timesteps=10, chain_steps=(5,), ode_images=3, ode_tolerance=1e-2)
-    scores = likelihood_scores(costs, config, IMAGES, IMAGES, LABELS, plot=tmp_path / "bound.png")
+    scores = likelihood_scores(costs, config, IMAGES, IMAGES, ASKED, plot=tmp_path / "bound.png")
     of = {name.removeprefix("likelihood/"): value for name, value in scores.items()}
     assert (of["num_images"], of["ode_num_images"]) == (6, 3)
     parts = sum(of[f"{name}_bits_per_dim"] for name in ("l_T", "kl", "l_0"))
@@ -114,14 +115,14 @@ def test_scores_of_a_chain(kind: str, tmp_path: Any) -> None:
     assert "bound_5_steps_bits_per_dim" in of and of["pixel_decoder_bits_per_dim"] > 0
     with Image.open(tmp_path / "bound.png") as picture:
         assert min(picture.size) > 300
-    assert scores == likelihood_scores(costs, config, IMAGES, IMAGES, LABELS, plot=tmp_path / "bound.png")
+    assert scores == likelihood_scores(costs, config, IMAGES, IMAGES, ASKED, plot=tmp_path / "bound.png")
 
 
 @pytest.mark.parametrize("objective", ["edm", "flow"])
 def test_an_objective_without_a_chain_has_the_odes_likelihood_alone(objective: str, tmp_path: Any) -> None:
     costs = costs_of({"objective": objective})
     config = LikelihoodConfig(num_images=6, ode_images=2, ode_tolerance=1e-2)
-    scores = likelihood_scores(costs, config, IMAGES, IMAGES, LABELS, plot=tmp_path / "bound.png")
+    scores = likelihood_scores(costs, config, IMAGES, IMAGES, ASKED, plot=tmp_path / "bound.png")
     assert {name.split("/")[1] for name in scores} == {
         "ode_bits_per_dim",
         "ode_standard_error",
@@ -133,7 +134,7 @@ def test_an_objective_without_a_chain_has_the_odes_likelihood_alone(objective: s
 
 def test_nothing_asked_is_nothing_said(tmp_path: Any) -> None:
     config = LikelihoodConfig(num_images=0, ode_images=0)
-    assert likelihood_scores(costs_of(), config, IMAGES, IMAGES, LABELS, plot=tmp_path / "bound.png") == {}
+    assert likelihood_scores(costs_of(), config, IMAGES, IMAGES, ASKED, plot=tmp_path / "bound.png") == {}
 
 
 def test_a_learned_variance_is_trained_exported_and_scored(world: World) -> None:

@@ -393,7 +393,7 @@ def test_a_learned_variance_goes_to_whom_it_serves(learned: Any, pipe: Any) -> N
         ({"num_inference_steps": 0}, "num_inference_steps: 0 came"),
         ({"output_type": "jpg"}, "output_type: 'jpg' came"),
         ({"negative_label": "z"}, "class name 'z' came; known: a, b, c"),
-        ({"negative_label": [0, 1, 2]}, "3 negative labels came for 2 labels"),
+        ({"negative_label": [0, 1, 2]}, "negative_label, negative_prompt: 3 labels and 0 prompts came for 2 images"),
         ({"seeds": [1, 2, 3]}, "3 seeds or generators came for 2 labels"),
         ({"generator": torch.Generator()}, "seeds and generator came"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents \[1, 4, 8, 8\] came"),
@@ -413,7 +413,9 @@ def test_what_has_no_meaning_is_refused_before_anything_is_drawn(pipe: Any, word
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("drawn"))
     with pytest.raises(ValueError, match=said):
         latents(pipe, **words)
-    for label in (1.5, None, [0.0]):
+    with pytest.raises(ValueError, match="no class_labels came, which this model wants"):
+        pipe()
+    for label in (1.5, [0.0]):
         with pytest.raises(ValueError, match="an id or a name was wanted"):
             pipe(label)
 

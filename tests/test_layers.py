@@ -56,9 +56,9 @@ LAYERS = {
         pipeline.export pipeline.sample pipeline.evaluate pipeline.schema pipeline.__main__
     """,
 }
-# Programs don't call one another.  One exception: evaluate scores the export that was written, opened as sample
-# opens it, and knows it by the passport that export wrote.
-ASKS = {"pipeline.evaluate": {"pipeline.export", "pipeline.sample"}}
+# Programs don't call one another.  One exception: evaluate knows the export that it scores by the passport that export
+# wrote.
+ASKS = {"pipeline.evaluate": {"pipeline.export"}}
 # These may import only what begins with one of the names given: they can be read, tested and copied alone.
 ALONE = {
     "pipeline.class_conditional": (),  # its file is copied into every export
