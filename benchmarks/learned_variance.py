@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import sampler
 from pipeline.bounds import Costs
 from pipeline.config import Config
 from pipeline.config_file import load_config
