@@ -77,7 +77,7 @@ def main() -> None:
     differences: dict[tuple[str, int], list[np.ndarray]] = {}
     for seed in range(args.seeds):
         fixed, learned = (trained(folder, seed, kind, args.steps) for kind in ("fixed_large", "learned_range"))
-        images, labels, _ = read_images(folder / "data/digits/validation", size=fixed.data.image_size, limit=10_000)
+        images, labels, _, _ = read_images(folder / "data/digits/validation", size=fixed.data.image_size, limit=10_000)
         asked = [Asked(label) for label in labels.tolist()]
         bits: dict[tuple[str, int], np.ndarray] = {}
         for config, kind in ((fixed, "fixed_large"), (fixed, "fixed_small"), (learned, "learned_range")):

@@ -27,7 +27,7 @@ from webdataset.writer import TarWriter
 from pipeline.data import latents
 from pipeline.data.dataset import Samples
 from pipeline.data.index import ShardSet, build_index
-from pipeline.data.pieces import ClassCondition, Diffusion, Moments, Piece, PosteriorNoise, class_label
+from pipeline.data.pieces import ClassLabel, Diffusion, Dropout, Moments, Piece, PosteriorNoise, class_label
 
 SHAPE = (4, 64, 64)
 SHARDS, SAMPLES_PER_SHARD, BATCH, LANES = 4, 512, 64, 16
@@ -88,7 +88,7 @@ def main() -> None:
     num_samples = SHARDS * SAMPLES_PER_SHARD
     with tempfile.TemporaryDirectory() as name:
         tars = write_set(Path(name))
-        condition = ClassCondition(SEED, 1000, 0.1)
+        condition = (ClassLabel(1000), Dropout(SEED, 0.1))
         delivered = samples_of(Path(name), Moments(SEED, SHAPE), label)
 
         def ours() -> None:
@@ -110,7 +110,7 @@ def main() -> None:
         each = statistics.median(seconds(ours) for _ in range(9)) / num_samples * 1e6
         say("a latent sample delivered, copied and collated", each, "none", True, "µs")
 
-        pieces = (PosteriorNoise(SEED, SHAPE), Diffusion(SEED, SHAPE, BATCH), condition)
+        pieces = (PosteriorNoise(SEED, SHAPE), Diffusion(SEED, SHAPE, BATCH), *condition)
         _, parts = delivered.sets[0].read(0, 0)
 
         def draw() -> None:

@@ -76,6 +76,13 @@ def null_class(unet: UNet) -> int | None:
     return int(rows) - 1 if rows else None
 
 
+def tokenize(tokenizers: Sequence[Any], texts: Sequence[str]) -> Tensor:
+    """Token ids of B texts for each of K tokenizers, int64 [B,K,L]: padded to L, what is longer cut off."""
+    words: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    each = [of(list(texts), max_length=of.model_max_length, **words).input_ids for of in tokenizers]
+    return torch.stack(each, dim=1)
+
+
 def read_text(encoders: Sequence[Any], input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """What CLIP text models make of token ids int64 [B,K,L], K of them → tokens [B,L,D] and pooled [B,P].
 
@@ -309,20 +316,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"prompt: {prompt!r} came, a text was wanted")
-        return torch.stack(
-            [
-                words(
-                    list(prompts),
-                    padding="max_length",
-                    max_length=words.model_max_length,
-                    truncation=True,
-                    return_tensors="pt",
-                ).input_ids
-                for words in (self.tokenizer, self.tokenizer_2)
-                if words is not None
-            ],
-            dim=1,
-        )
+        return tokenize([words for words in (self.tokenizer, self.tokenizer_2) if words is not None], prompts)
 
     @torch.no_grad()
     def __call__(

@@ -97,11 +97,6 @@ class DataConfig(Section):
         description="With crop: random, the squares of each image that encode writes, evenly spaced along its longer "
         "side.",
     )
-    encode_text: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Folder with a CLIP tokenizer/ and text_encoder/: encode writes its embeddings of captions too.",
-    )
     online_scale_images: int = Field(
         default=2048, gt=0, description="Without train_latents: images whose latents the scale is measured on."
     )
@@ -188,8 +183,11 @@ class UnetConfig(Section):
     norm_num_groups: int = _shape("norm_num_groups", "Groups of each GroupNorm.", gt=0)
     class_embedding: bool = _shape(
         "class_embedding",
-        "Whether a class enters through an embedding that is added to the timestep's; false: as a token of the "
-        "cross-attention, which can't be trained yet.",
+        "Whether a class enters through an embedding that is added to the timestep's; false: as the one token of the "
+        "cross-attention.",
+    )
+    addition_time_embed_dim: int = Field(
+        default=256, gt=0, multiple_of=2, description="With two text encoders: width of the embedding of each size."
     )
 
     @model_validator(mode="after")
@@ -223,20 +221,98 @@ class UnetConfig(Section):
         return {key: value for key, value in self.shape.items() if key in asked}
 
 
-class ConditioningConfig(Section):
-    """What the U-Net is told beside z_t and t."""
+class TextModelConfig(Section):
+    """A CLIP tokenizer and text model made from scratch, the words from the captions of data.train_images."""
 
-    kind: Literal["class"] = Field(default="class", description="class: an integer label per image.")
-    num_classes: int = Field(gt=0, description="Labels run from 0 to num_classes - 1; the null class follows.")
-    class_names: tuple[str, ...] | None = Field(
-        default=None, description="A name for each class, for pictures and the export.", json_schema_extra=FREE
+    vocabulary: int = Field(
+        default=1024, ge=514, description="Words of the tokenizer at most, 514 of them bytes and the two ends."
     )
-    dropout: float = Field(
-        default=0.1, ge=0, le=1, description="Share of training samples that see the null condition instead."
+    num_tokens: int = Field(default=16, gt=2, description="Tokens L of a caption with its two ends; more are cut off.")
+    width: int = Field(default=64, gt=0, description="Width D of the tokens.")
+    layers: int = Field(default=2, gt=1, description="Transformer layers.")
+    heads: int = Field(default=2, gt=0, description="Attention heads; they divide the width.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} came, a multiple of heads={self.heads} was wanted")
+        return self
+
+
+class TextConfig(Section):
+    """What reads the captions: one CLIP text encoder, or two as in Stable Diffusion XL."""
+
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder with tokenizer/ and text_encoder/, as every stable-diffusion folder has, or a hub id "
+        "org/name of one, which is downloaded; with two encoders, tokenizer_2/ and text_encoder_2/ beside them.",
+        json_schema_extra=FREE,  # what it holds is compared
+    )
+    models: tuple[TextModelConfig, ...] = Field(
+        default=(), max_length=2, description="Without a path: the shape of one text encoder from scratch, or of two."
+    )
+    train: bool = Field(
+        default=False,
+        description="Let the text encoder learn with the U-Net, at the same learning rate, with averages of its own.",
+    )
+    embeddings: Literal["online", "cached"] = Field(
+        default="online",
+        description="cached: encode writes the captions' embeddings beside the latents, train reads them; online: the "
+        "text encoder runs in each step.",
     )
 
     @model_validator(mode="after")
-    def _every_class_named(self) -> Self:
+    def _there_is_one(self) -> Self:
+        if (self.path is None) == (not self.models):
+            raise ValueError("one of path and models was wanted: a text encoder that is there, or the shape of one")
+        if self.models and not self.train:
+            raise ValueError("models makes a text encoder from scratch, which must learn: train: true was wanted")
+        if self.train and self.embeddings == "cached":
+            raise ValueError(
+                "embeddings: cached are of a text encoder that stays as it is; train: false, or online, was wanted"
+            )
+        if len(self.models) == 2 and self.models[0].num_tokens != self.models[1].num_tokens:
+            raise ValueError("the two models read captions of different num_tokens; the same number was wanted")
+        return self
+
+
+class ConditioningConfig(Section):
+    """What the U-Net is told beside z_t and t."""
+
+    kind: Literal["class", "text", "class_text"] = Field(
+        default="class", description="class: an integer label per image; text: a caption; class_text: both."
+    )
+    num_classes: int = Field(
+        default=0,
+        ge=0,
+        description="Labels run from 0 to num_classes - 1; the null class follows.  0: none, for kind: text.",
+    )
+    class_names: tuple[str, ...] | None = Field(
+        default=None, description="A name for each class, for pictures and the export.", json_schema_extra=FREE
+    )
+    text: TextConfig | None = Field(default=None, description="What reads captions; null: nothing, for kind: class.")
+    dropout: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of training samples that see the null condition instead: the null class and the text "
+        '"", both together.',
+    )
+
+    @property
+    def has_class(self) -> bool:
+        """Whether the U-Net is told a class."""
+        return self.kind != "text"
+
+    @model_validator(mode="after")
+    def _kind_has_its_parts(self) -> Self:
+        if self.has_class != (self.num_classes > 0):
+            wanted = "1 or more was" if self.has_class else "none was"
+            raise ValueError(f"num_classes={self.num_classes} came with kind: {self.kind}; {wanted} wanted")
+        if (self.text is None) != (self.kind == "class"):
+            came = "no text section" if self.text is None else "a text section"
+            raise ValueError(f"{came} came with kind: {self.kind}")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} entries, num_classes is {self.num_classes}")
         if self.class_names is not None and len(set(self.class_names)) != self.num_classes:
@@ -582,13 +658,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _class_can_be_told(self) -> Self:
-        if self.conditioning.kind == "class" and not self.unet.class_embedding:
-            named = f", as in preset: {self.unet.preset}," if self.unet.preset else ""
+    def _condition_can_be_told(self) -> Self:
+        condition, text = self.conditioning, self.conditioning.text
+        if condition.kind == "class_text" and not self.unet.class_embedding:
             raise ValueError(
-                f"unet.class_embedding=false{named} gives the class to the cross-attention as a token, which can't be "
-                "trained yet; class_embedding: true was wanted, as in preset: ldm4_class"
+                "unet.class_embedding=false gives the class to the cross-attention, which with kind: class_text reads "
+                "the captions; class_embedding: true was wanted"
             )
+        if condition.kind == "class_text" and text is not None and len(text.models) == 2:
+            raise ValueError("conditioning.text.models has two entries; with kind: class_text one was wanted")
+        if text is not None and text.embeddings == "cached" and self.data.train_latents is None:
+            raise ValueError("conditioning.text.embeddings: cached lie beside latents; data.train_latents was wanted")
         return self
 
     @model_validator(mode="after")
@@ -610,6 +690,10 @@ def identity(config: Config, sections: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the whole config, for editors."""
     schema = Config.model_json_schema()
@@ -622,7 +706,7 @@ def _collect(key: str, extra: object, value: Any, found: dict[str, Any]) -> None
     if isinstance(extra, dict) and cast(dict[str, Any], extra).get("may_change_on_resume"):
         return
     if not isinstance(value, BaseModel):
-        found[key] = list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+        found[key] = [_plain(item) for item in cast(tuple[Any, ...], value)] if isinstance(value, tuple) else value
         return
     for name, field in type(value).model_fields.items():
         _collect(f"{key}.{name}", field.json_schema_extra, getattr(value, name), found)

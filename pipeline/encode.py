@@ -34,7 +34,7 @@ from pipeline.encoding import Encoding
 from pipeline.engine import Engine
 from pipeline.errors import RunError, UsageError, blame
 from pipeline.run_folder import STATUS, State, write_status
-from pipeline.text import TextEncoder
+from pipeline.text import TextEncoders, num_encoders
 from vae.model import load, weights_sha256
 
 
@@ -99,9 +99,10 @@ def encode(config: Config, args: argparse.Namespace) -> None:
             f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
         )
     text = None
-    if config.data.encode_text is not None:
-        with blame("data.encode_text"):
-            text = TextEncoder.load(config.data.encode_text)
+    said = config.conditioning.text
+    if said is not None and said.path is not None and said.embeddings == "cached":
+        with blame("conditioning.text.path"):
+            text = TextEncoders.load(said.path)
     work = open_sets(config, engine, vae, text)
     engine.main_does(partial(begin, work, part))
 
@@ -144,7 +145,7 @@ def encode(config: Config, args: argparse.Namespace) -> None:
         program.say(f"the latents are in {folders}; the measured scale to train with is {scale:.4f}")
 
 
-def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEncoder | None) -> list[Encoding]:
+def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEncoders | None) -> list[Encoding]:
     """The sets to encode: those to train on in all their views, the held-out one cut in the centre."""
     data = config.data
     assert data.train_latents is not None
@@ -152,6 +153,9 @@ def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEnco
     if data.validation_images and data.validation_latents:
         named.append(("validation", data.validation_images, data.validation_latents))
     vae_sha256, text_sha256 = weights_sha256(vae), text.sha256() if text else None
+    said = config.conditioning.text
+    with blame("conditioning.text.path"):
+        told_sizes = said is not None and num_encoders(said) == 2
     work: list[Encoding] = []
     for kind, source, out in named:
         if "://" in out:
@@ -169,8 +173,9 @@ def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEnco
             batch_images=data.encode_batch_images,
             source_fingerprint=shards.fingerprint,
             text_encoder_sha256=text_sha256,
+            image_sizes=told_sizes,
         )
-        encoder = Encoder(engine, vae, text, data.image_size, num_crops, flip)
+        encoder = Encoder(engine, vae, text, data.image_size, num_crops, flip, told_sizes)
         latent_set = LatentSet(Path(out), shards, origin, encoder.parts)
         with blame(f"data.{kind}_latents"):
             latent_set.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.data import images, latents
 from pipeline.data.pieces import caption, class_label, image_part
 from pipeline.engine import Engine
-from pipeline.text import TextEncoder
+from pipeline.text import TextEncoders
 from vae.moments import MomentStatistics, encode_moments
 
 KEPT = frozenset({"cls", "txt", "json"})  # parts of an image sample that its latents keep
@@ -31,6 +32,7 @@ class Ready:
     squares: list[NDArray[np.uint8]]  # [H,W,3] of each crop
     label: int | None
     caption: str | None
+    size: tuple[int, int]  # height and width of the image as it was found, pixels
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,23 @@ class Encoder:
 
     engine: Engine
     vae: AutoencoderKL
-    text: TextEncoder | None  # None: captions are not encoded
+    text: TextEncoders | None  # None: captions are not encoded
     image_size: int  # pixels
     num_crops: int  # squares of each image
     flip: bool  # encode each square mirrored, too
+    sizes: bool  # note the size of each image
 
     @property
     def parts(self) -> list[str]:
         """The parts that every sample gets."""
-        return [*latents.view_parts(self.num_crops, self.flip), *([latents.TEXT_PART] if self.text else [])]
+        text = [part for _, part, _ in self._text_parts]
+        return [*latents.view_parts(self.num_crops, self.flip), *text, *([latents.SIZE_PART] if self.sizes else [])]
+
+    @property
+    def _text_parts(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        if self.text is None:
+            return []
+        return latents.text_parts(self.text.words.num_tokens, self.text.width, self.text.pooled_width)
 
     def read(self, key: str, parts: dict[str, bytes]) -> Ready:
         """Decode the image, look at label and caption.  Raises ValueError: the sample can't be used."""
@@ -59,6 +69,7 @@ class Encoder:
             squares,
             class_label(parts) if "cls" in parts else None,
             caption(parts) if "txt" in parts or self.text else None,
+            images.upright_size(image),
         )
 
     def encode(self, batch: Sequence[Ready], statistics: MomentStatistics) -> list[dict[str, bytes]]:
@@ -76,13 +87,18 @@ class Encoder:
                 _add(found, batch, latents.view_part(crop, flipped), moments.numpy(), latents.moments_to_bytes)
                 statistics.update(moments)
         if self.text:
-            embeddings = self.text.encode([sample.caption or "" for sample in batch]).cpu()  # [B,L,D]
-            _add(found, batch, latents.TEXT_PART, embeddings.numpy(), latents.text_to_bytes)
+            told = self.text.encode([sample.caption or "" for sample in batch])._asdict()
+            for name, part, _ in self._text_parts:
+                _add(found, batch, part, told[name].cpu().numpy(), latents.text_to_bytes)
+        if self.sizes:
+            for sample, parts in zip(batch, found, strict=True):
+                height, width = sample.size
+                parts[latents.SIZE_PART] = json.dumps({"height": height, "width": width}).encode()
         return found
 
     def num_truncated(self, batch: Sequence[Ready]) -> int:
         """How many captions are longer than the text encoder reads."""
-        return self.text.num_truncated([sample.caption or "" for sample in batch]) if self.text else 0
+        return self.text.words.num_truncated([sample.caption or "" for sample in batch]) if self.text else 0
 
     def decode(self, mean: NDArray[np.float32]) -> NDArray[np.uint8]:
         """What the VAE makes of latents: [B,C,h,w] → images uint8 [B,H,W,3]."""

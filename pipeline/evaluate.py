@@ -14,7 +14,6 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from pipeline import files, program, sampler
 from pipeline.bounds import Costs, likelihood_scores
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
-from pipeline.data.dataset import read_images
+from pipeline.data.dataset import Shown, evenly, read_images, read_told
 from pipeline.data.images import to_unit
+from pipeline.data.index import ShardSet
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.export import PASSPORT
@@ -39,22 +39,13 @@ from pipeline.metrics.classifier import ImageClassifier
 from pipeline.metrics.neighbours import nearest
 from pipeline.metrics.pictures import neighbours_picture
 from pipeline.metrics.scores import image_scores
+from pipeline.model_card import note_scores
 from pipeline.run_folder import check_same
 from pipeline.sampler import Asked
 from vae.metrics import psnr, reconstruct
 
 Scores = dict[str, float | int | str]
 NEIGHBOURS, NEIGHBOUR_SAMPLES = 4, 10  # of the picture: nearest training images, samples
-
-
-@dataclass(frozen=True)
-class Real:
-    """The real images: uint8 [N,H,W,3] and labels int64 [N]."""
-
-    train: NDArray[np.uint8]
-    train_labels: NDArray[np.int64]
-    validation: NDArray[np.uint8]
-    validation_labels: NDArray[np.int64]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,49 +63,69 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
         raise UsageError("data.validation_images: evaluate compares with held-out images; name their folder")
     pipe = sampler.open_export(run / "export", engine.device)
     check_same(run, config, ("conditioning", "diffusion"))
-    drawn = {scale: draw_all(engine, config, pipe, scale) for scale in config.evaluation.guidance_scales}
+    asked = asked_of(config)
+    drawn = {scale: draw_all(engine, config, pipe, asked, scale) for scale in config.evaluation.guidance_scales}
     engine.wait()
 
     def score() -> None:
-        scores = score_all(config, pipe, drawn)
+        scores = score_all(config, pipe, asked, drawn)
         files.write_json(run / "scores.json", scores)
+        note_scores(run / "export", scores)
         show(scores, config, run)
 
     engine.main_does(score)
 
 
-def asked_labels(config: Config) -> NDArray[np.int64]:
-    """The class of each image: one after another, so that every beginning is balanced.  int64 [N]."""
-    return np.arange(config.evaluation.num_images, dtype=np.int64) % config.conditioning.num_classes
+def asked_of(config: Config) -> list[Asked]:
+    """What each image is asked to show: the classes in turn, or what held-out samples say, evenly spaced over the set.
+
+    So every beginning of the classes is balanced.
+    """
+    condition, data, count = config.conditioning, config.data, config.evaluation.num_images
+    if condition.text is None:
+        return [Asked(i % condition.num_classes) for i in range(count)]
+    with blame("data.validation_images"):
+        shards = ShardSet(str(data.validation_images), open_shards=1, remote=data.remote)
+        found = [Asked(*both) for both in read_told(shards, evenly(shards, count)) if both[1] is not None]
+        if not found or (condition.has_class and any(asked.label is None for asked in found)):
+            raise UsageError("it has no captions (.txt) or labels (.cls), which conditioning.kind wants")
+    return [found[i % len(found)] for i in range(count)]
 
 
-def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, guidance_scale: float) -> list[Path]:
+def draw_all(
+    engine: Engine, config: Config, pipe: ClassConditionalPipeline, asked: Sequence[Asked], guidance_scale: float
+) -> list[Path]:
     """Draw this rank's share of the images of one guidance scale; give the files of all of them, in order.
 
     A file's name tells all that its content depends on, so what is there is right.
     """
     settings, run = config.evaluation, Path(config.run_dir)
     passport = files.read_json(run / "export" / PASSPORT)
-    labels = asked_labels(config)
     key = files.fingerprint(
-        {"export": passport, "seed": config.seed, "guidance": guidance_scale, "steps": settings.num_inference_steps}
+        {
+            "export": passport,
+            "seed": config.seed,
+            "guidance": guidance_scale,
+            "steps": settings.num_inference_steps,
+            "asked": asked,
+        }
     )[:12]
     folder = run / "evaluation" / f"{passport['checkpoint']}-guidance-{guidance_scale:g}-{key}"
-    starts = range(0, len(labels), settings.batch_images)
-    paths = [folder / f"{start:07d}-{min(start + settings.batch_images, len(labels)):07d}.npy" for start in starts]
+    starts = range(0, len(asked), settings.batch_images)
+    paths = [folder / f"{start:07d}-{min(start + settings.batch_images, len(asked)):07d}.npy" for start in starts]
     with tqdm(
-        total=len(labels),
+        total=len(asked),
         desc=f"sample at guidance {guidance_scale:g}",
         unit=" images",
         dynamic_ncols=True,
         disable=not engine.is_main,
     ) as bar:
         for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
-            indices = range(start, min(start + settings.batch_images, len(labels)))
+            indices = range(start, min(start + settings.batch_images, len(asked)))
             if number % engine.num_ranks == engine.rank and not path.exists():
                 pixels = sampler.draw(
                     pipe,
-                    [Asked(label) for label in labels[start : indices.stop].tolist()],
+                    asked[start : indices.stop],
                     indices,
                     seed=config.seed,
                     guidance_scale=guidance_scale,
@@ -127,30 +138,39 @@ def draw_all(engine: Engine, config: Config, pipe: ClassConditionalPipeline, gui
     return paths
 
 
-def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float, list[Path]]) -> Scores:
+def score_all(
+    config: Config, pipe: ClassConditionalPipeline, asked: Sequence[Asked], drawn: dict[float, list[Path]]
+) -> Scores:
     """Metric name → value, for the reconstructions, the validation images and each guidance scale."""
     run = Path(config.run_dir)
-    train, train_labels = read_sets("data.train_images", config.data.train_images, config)
-    validation, validation_labels = read_sets("data.validation_images", (str(config.data.validation_images),), config)
-    program.say("fitting the classifier on the real training images")
-    classifier = ImageClassifier(config.seed).fit(train, train_labels)
+    passport = files.read_json(run / "export" / PASSPORT)
+    in_train = read_sets("data.train_images", config.data.train_images, config)
+    held_out = read_sets("data.validation_images", (str(config.data.validation_images),), config)
+    train, validation = in_train.pixels, held_out.pixels
+    classifier = None
+    if in_train.labels is None:
+        program.say("the images have no labels: no classifier is fitted, and its features' scores are left out")
+    else:
+        program.say("fitting the classifier on the real training images")
+        classifier = ImageClassifier(config.seed).fit(train, in_train.labels)
     scores: Scores = {
-        "checkpoint": str(files.read_json(run / "export" / PASSPORT)["checkpoint"]),
+        "checkpoint": str(passport["checkpoint"]),
+        "ema": str(passport["ema"]),
         "vae/psnr_db": mean_psnr(pipe.vae, validation, config.evaluation.batch_images),
         "vae/num_images": len(validation),
     }
 
-    def add(prefix: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    def add(prefix: str, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
         found = image_scores(classifier, train, images, labels, validation_images=validation, seed=config.seed)
         scores.update({f"{prefix}/{name}": value for name, value in found.items()})
 
-    add("validation", validation, validation_labels)
+    add("validation", validation, held_out.labels)
     for guidance_scale, paths in drawn.items():
         images = np.concatenate([np.load(path, allow_pickle=False) for path in paths])
         prefix = f"guidance_{guidance_scale:g}"
-        add(prefix, images, asked_labels(config))
+        add(prefix, images, labels_of(asked))
         for name in ("recall", "coverage"):  # at equal numbers of images: both grow with the number
-            of_validation = float(scores[f"validation/{name}"])
+            of_validation = float(scores.get(f"validation/{name}", 0))
             if f"{prefix}/{name}_equal_n" in scores and of_validation > 0:
                 share = float(scores[f"{prefix}/{name}_equal_n"]) / of_validation
                 scores[f"{prefix}/{name}_of_validation"] = share
@@ -161,28 +181,38 @@ def score_all(config: Config, pipe: ClassConditionalPipeline, drawn: dict[float,
     program.say("counting the bits of held-out images")
     costs = Costs(pipe, config.diffusion, config.seed, config.evaluation.batch_images)
     plot = run / "evaluation" / "bound.png"
-    asked = [Asked(label) for label in validation_labels.tolist()]
-    return scores | likelihood_scores(costs, config.evaluation.likelihood, train, validation, asked, plot=plot)
+    labels = [None] * len(validation) if held_out.labels is None else held_out.labels.tolist()
+    own = [Asked(*both) for both in zip(labels, held_out.captions or [None] * len(labels), strict=True)]
+    return scores | likelihood_scores(costs, config.evaluation.likelihood, train, validation, own, plot=plot)
 
 
-def read_sets(key: str, folders: Sequence[str], config: Config) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images and labels of sets, as many of each at most; those that can't be read are told and left out."""
-    pixels: list[NDArray[np.uint8]] = []
-    labels: list[NDArray[np.int64]] = []
+def labels_of(asked: Sequence[Asked]) -> NDArray[np.int64] | None:
+    """The classes asked for, int64 [N]; None where one has none."""
+    labels = [one.label for one in asked]
+    return None if None in labels else np.array(labels, dtype=np.int64)
+
+
+def read_sets(key: str, folders: Sequence[str], config: Config) -> Shown:
+    """The samples of sets, as many of each at most; those that can't be read are told and left out."""
+    sets: list[Shown] = []
     limit = max(1, config.evaluation.max_reference_images // len(folders))
     for folder in folders:
         with blame(key):
-            found, of_found, bad = read_images(
-                folder, size=config.data.image_size, limit=limit, remote=config.data.remote
-            )
-        pixels.append(found)
-        labels.append(of_found)
-        if bad:
+            found = read_images(folder, size=config.data.image_size, limit=limit, remote=config.data.remote)
+        sets.append(found)
+        if bad := found.bad:
             program.say(
-                f"warning: {key}: {len(bad)} of {len(bad) + len(found)} samples can't be read and are left out; the "
-                f"first: {bad[0].shard}: sample {bad[0].key!r}: {bad[0].reason}"
+                f"warning: {key}: {len(bad)} of {len(bad) + len(found.pixels)} samples can't be read and are left out; "
+                f"the first: {bad[0].shard}: sample {bad[0].key!r}: {bad[0].reason}"
             )
-    return np.concatenate(pixels), np.concatenate(labels)
+    labels = [each.labels for each in sets if each.labels is not None]
+    captions = [each.captions for each in sets if each.captions is not None]
+    return Shown(
+        np.concatenate([each.pixels for each in sets]),
+        np.concatenate(labels) if len(labels) == len(sets) else None,
+        [text for each in captions for text in each] if len(captions) == len(sets) else None,
+        [bad for each in sets for bad in each.bad],
+    )
 
 
 def mean_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch_images: int) -> float:

@@ -1,6 +1,7 @@
-"""Turn a run's newest checkpoint into a diffusers folder, RUN/export: averaged U-Net, VAE, scheduler, model card.
+"""Turn a checkpoint into a diffusers folder, RUN/export: averaged U-Net, VAE, text encoder, scheduler, model card.
 
-The folder is loaded back in diffusers and sampled; only when its pixels are those of the trainer's own sampler does it
+Text models become stock pipelines, which need no code of ours; models of classes carry their own pipeline.py.  The
+folder is loaded back in diffusers and sampled; only when its pixels are those of the trainer's own sampler does it
 take its name.
 """
 
@@ -16,25 +17,32 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils.logging import disable_progress_bar
+from diffusers import UNet2DConditionModel
+from numpy.typing import NDArray
 
 from pipeline import checkpoint, files, program, sampler
 from pipeline.checkpoint import BrokenError, Checkpoint, weights_stem
 from pipeline.class_conditional import ClassConditionalPipeline
-from pipeline.config import Config, DiffusionConfig
-from pipeline.config_file import to_yaml
+from pipeline.config import Config
 from pipeline.ema import profiles
 from pipeline.errors import RunError, UsageError, blame
+from pipeline.learner import TRANSFORMERS_WEIGHTS
+from pipeline.metrics.pictures import labelled_grid
+from pipeline.model_card import SAMPLES, model_card
 from pipeline.run_folder import check_same
+from pipeline.sampler import Asked
+from pipeline.text import TextEncoders, open_text, write_tokenizer
 from vae.model import load, weights_sha256
 from vae.moments import LatentScale
 
 PASSPORT = "training.json"  # in the export: which checkpoint it is
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CARD_ROWS, CARD_COLUMNS = 5, 4  # of the card's picture: classes or captions, images of each
+FEW_STEPS = 10  # of the images that are compared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,29 +54,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="which average: one of the checkpoint's (decay-0.9999, power-0.05) or one that the verb ema made "
         "(power-0.13-step-000020000); default: the config's first",
     )
+    made.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    made.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights written (default fp32)")
+    made.add_argument("--license", default="other", metavar="ID", help="the model card's, as the hub spells it")
+    made.add_argument("--out", type=Path, metavar="FOLDER", help="default RUN/export, where sample and evaluate look")
     return program.run_config(made, argv, export, None)
 
 
 def export(config: Config, args: argparse.Namespace) -> None:
     """checkpoint → pipeline → folder → loaded back, sampled, compared → RUN/export."""
     run = Path(config.run_dir)
-    average = find_average(config, args.ema)
+    average = find_average(config, args.ema, args.step)
     check_same(run, config, ("conditioning", "diffusion"))
     found = average.found
     passport = {
         "checkpoint": found.path.name,
         "manifest_sha256": files.sha256(found.path / "manifest.json"),
         "ema": average.name,
+        "dtype": args.dtype,
+        "license": args.license,
     }
-    out = run / "export"
+    out: Path = args.out or run / "export"
     if (out / PASSPORT).exists() and files.read_json(out / PASSPORT) == passport:
         program.say(f"{out} is {average} already")
         return
+    if out.exists() and any(out.iterdir()) and not (out / PASSPORT).exists():
+        raise UsageError(f"{out}: holds something else than an export; name another folder by --out")
     pipe = checkpoint_pipeline(config, average)
+    rows = sampler.rows_of(config, CARD_ROWS)
+    whole = draw_few(pipe, rows, config)
+    sampler.cast(pipe, DTYPES[args.dtype])
     with files.whole_folder(out) as aside:
-        write_export(pipe, aside, config, average, passport)
-        compare(pipe, aside, config)
+        exported = published(pipe, config)
+        exported.save_pretrained(aside, safe_serialization=True)  # with its code, where that is ours
+        for number, words in enumerate(getattr(pipe, name) for name in ("tokenizer", "tokenizer_2")):
+            if words is not None:
+                write_tokenizer(words, aside / ("tokenizer_2" if number else "tokenizer"))
+        sampler.cast(pipe, torch.float32)  # the weights are rounded; what is compared is computed alike
+        moved = np.abs(draw_few(pipe, rows, config) - whole).max()
+        compare(pipe, aside, rows, config)
+        write_samples(pipe, rows, config, aside / SAMPLES)
+        card = model_card(
+            config,
+            found.state,
+            weights=f"average `{average.name}`, {args.dtype}",
+            license_id=args.license,
+            stock=exported is not pipe,
+        )
+        files.write_text(aside / "README.md", card)
+        files.write_json(aside / PASSPORT, passport)
     program.say(f"exported {average} to {out}; it was loaded back and draws the same pixels")
+    if args.dtype != "fp32":
+        program.say(f"weights in {args.dtype} move its pixels by {255 * moved:.2g} of 255 at most, of two images")
 
 
 @dataclass(frozen=True)
@@ -84,11 +121,11 @@ class Average:
         return self.name if self.found.path.name == self.name else f"{self.name} of {self.found.path.name}"
 
 
-def find_average(config: Config, name: str | None = None) -> Average:
-    """The average of this name: one of the newest whole checkpoint, or one that was reconstructed.
+def find_average(config: Config, name: str | None = None, step: int | None = None) -> Average:
+    """The average of this name: one of a checkpoint, or one that was reconstructed.
 
-    None: the config's first.  Raises UsageError, naming what there is, where there is none; RunError for a
-    reconstructed one that is broken.
+    None: the config's first; the newest whole checkpoint.  Raises UsageError, naming what there is, where there is
+    none; RunError for one that is broken.
     """
     run = Path(config.run_dir)
     made = run / "ema" / "reconstructed"
@@ -97,12 +134,24 @@ def find_average(config: Config, name: str | None = None) -> Average:
             return Average(name, checkpoint.verify(made / name), ".")
         except BrokenError as error:
             raise RunError(f"{error}; make it again: python -m pipeline ema with this config") from None
-    found = newest_checkpoint(run)
+    found = newest_checkpoint(run) if step is None else checkpoint_of(run, step)
     name = profiles(config.ema)[0].name if name is None else name
     if name not in found.profiles():
         known = [*found.profiles(), *sorted(path.name for path in made.glob("power-*"))]
         raise UsageError(f"--ema: {name!r} came; known: {', '.join(known)}")
     return Average(name, found, f"ema/{name}")
+
+
+def checkpoint_of(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step.  Raises UsageError where it is not there, RunError where it is broken."""
+    path = run / "checkpoints" / f"step-{step:09d}"
+    if not path.is_dir():
+        known = [str(int(each.name.removeprefix("step-"))) for each in checkpoint.list_steps(path.parent)]
+        raise UsageError(f"--step: {step} came; there are checkpoints of step {', '.join(known) or 'none'}")
+    try:
+        return checkpoint.verify(path)
+    except BrokenError as error:
+        raise RunError(str(error)) from None
 
 
 def newest_checkpoint(run: Path) -> Checkpoint:
@@ -131,102 +180,106 @@ def checkpoint_pipeline(config: Config, average: Average) -> ClassConditionalPip
     unet_config = UNet2DConditionModel.load_config(found.path / average.folder)
     averaged = sampler.frozen_unet(unet_config, weights, torch.device("cpu"))
     scale = LatentScale(said["scale"], said["shift"])
-    return sampler.assemble(averaged, vae, scale, config.diffusion, config.conditioning.class_names)
+    names, text = config.conditioning.class_names, checkpoint_text(config, average)
+    return sampler.assemble(averaged, vae, scale, config.diffusion, names, text=text)
 
 
-def write_export(
-    pipe: ClassConditionalPipeline, folder: Path, config: Config, average: Average, passport: dict[str, Any]
-) -> None:
-    """Write the diffusers folder: models in safetensors, the pipeline's code, the model card, its passport."""
-    pipe.save_pretrained(folder, safe_serialization=True)  # its code too
-    files.write_text(folder / "README.md", model_card(config, average))
-    files.write_json(folder / PASSPORT, passport)
+def checkpoint_text(config: Config, average: Average) -> TextEncoders | None:
+    """The text encoders: averaged ones where they learned, else those that the config names.
+
+    Raises UsageError where they are not those that the U-Net was trained with.
+    """
+    settings = config.conditioning.text
+    if settings is None:
+        return None
+    with blame("conditioning.text"):
+        text = open_text(settings, Path(config.run_dir) / "text", config.seed)
+    now, said = text.description(settings.train), average.found.state["text"]
+    if now != said:
+        raise UsageError(f"conditioning.text: {now} came; {average.found.path} was trained with {said}")
+    if not settings.train:
+        return text
+    stems = {name: f"{average.folder}/{name}/{TRANSFORMERS_WEIGHTS}" for name in text.named}
+    return text.with_weights({name: average.found.tensors(stem) for name, stem in stems.items()})
 
 
-def compare(pipe: ClassConditionalPipeline, folder: Path, config: Config) -> None:
+def published(pipe: ClassConditionalPipeline, config: Config) -> Any:
+    """The pipeline as it is written: a stock one for text, where there is one; else ours, with its code.
+
+    Stock pipelines know no learned variance, so that its channels are cut off; they guide away from the text encoder's
+    own "", as in training.  Flow matching's schedulers don't work in them, nor do latents that are shifted.
+    """
+    shifted = bool(pipe.vae.config.get("shift_factor"))
+    if config.conditioning.kind != "text" or config.diffusion.objective == "flow" or shifted:
+        return pipe
+    with sampler.quiet_imports():
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    parts: dict[str, Any] = {"vae": pipe.vae, "unet": without_variance(pipe.unet), "scheduler": pipe.scheduler}
+    parts |= {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder")}
+    if "steps_offset" in pipe.scheduler.config:  # or the stock pipeline sets it, with a warning; it has no part here
+        pipe.scheduler.register_to_config(steps_offset=1)
+    if len(pipe.text_encoders) == 2:
+        parts |= {name: getattr(pipe, name) for name in ("tokenizer_2", "text_encoder_2")}
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=False, add_watermarker=False)
+    parts |= {"safety_checker": None, "feature_extractor": None}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def without_variance(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The U-Net with the first C of its output channels: the prediction."""
+    channels = int(unet.config["in_channels"])
+    if unet.config["out_channels"] == channels:
+        return unet
+    weights = {
+        name: weight[:channels] if name.startswith("conv_out.") else weight
+        for name, weight in unet.state_dict().items()
+    }
+    cut = sampler.frozen_unet({**unet.config, "out_channels": channels}, weights, unet.device)
+    torch.nn.Module.to(cut, unet.dtype)
+    return cut
+
+
+def draw_few(pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]], config: Config) -> NDArray[np.float32]:
+    """Two images [2,H,W,3] in 0..1, of the first row and the last."""
+    drawn: Any = pipe(seeds=[1, 2], **few(pipe, rows, config))
+    return drawn.images
+
+
+def few(pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]], config: Config) -> dict[str, Any]:
+    """Arguments for two images, of the first row and the last, in few steps."""
+    steps = min(FEW_STEPS, config.evaluation.num_inference_steps)
+    asked = sampler.told_of(pipe, [rows[0][1], rows[-1][1]])
+    return {**asked, "guidance_scale": 2.0, "num_inference_steps": steps, "output_type": "np"}
+
+
+def compare(pipe: ClassConditionalPipeline, folder: Path, rows: Sequence[tuple[str, Asked]], config: Config) -> None:
     """Load the folder as a user does, and draw the same images with both.  Raises RunError where they differ."""
-    disable_progress_bar()  # of loading three small files
-    loaded: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    loaded.set_progress_bar_config(disable=True)
-    num_classes = config.conditioning.num_classes
-    labels = [0, num_classes - 1]
-    steps = min(10, config.evaluation.num_inference_steps)
-    drawn = [
-        p(labels, seeds=[1, 2], guidance_scale=2.0, num_inference_steps=steps, output_type="np").images
-        for p in cast(tuple[Any, Any], (pipe, loaded))
-    ]
-    difference = float(np.abs(drawn[0] - drawn[1]).max())
+    loaded = sampler.open_folder(folder)
+    sampler.cast(loaded, torch.float32)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (1, 2)]
+    theirs = loaded(generator=generators, **few(pipe, rows, config)).images
+    difference = float(np.abs(draw_few(pipe, rows, config) - theirs).max())
     if not difference <= 1e-5:
         raise RunError(f"{folder}: loaded back, its pixels differ by {difference} from the trainer's sampler")
 
 
-def model_card(config: Config, average: Average) -> str:
-    """The README.md of an export: what it is, how to load it, what it was trained on and how."""
-    found = average.found
-    origin = found.state["latents"]["origin"]
-    names = [*(config.conditioning.class_names or map(str, range(config.conditioning.num_classes)))]
-    diffusion, images_seen = config.diffusion, found.state["data"]["position"]
-    start = found.state.get("started_from")
-    began = f"`{start['source']}`, weights `{start['weights_sha256'][:16]}`" if start else "random weights"
-    return f"""---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [latent-diffusion, class-conditional, ddpm]
-license: other
----
-
-# {Path(config.run_dir).name}
-
-A class-conditional latent diffusion model: images of {config.data.image_size}×{config.data.image_size} pixels,
-{config.conditioning.num_classes} classes ({", ".join(names[:20])}{", …" if len(names) > 20 else ""}).
-
-```python
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", trust_remote_code=True)
-pipe([{names[-1]!r}], seeds=0, guidance_scale={config.evaluation.guidance_scales[-1]:g}).images[0]
-```
-
-`trust_remote_code=True` runs `pipeline.py` of this folder: diffusers has no class-conditional latent pipeline of
-its own for this U-Net.
-
-## How it was trained
-
-| | |
-|---|---|
-| data | image shards `{", ".join(config.data.train_images)}`, fingerprint `{origin["source_fingerprint"][:16]}` |
-| autoencoder | `{origin["vae_sha256"][:16]}`, latents scaled by {found.state["latents"]["scale"]:.6g} |
-| started from | {began} |
-| objective | {objective_words(diffusion)} |
-| steps | {found.step:,} of {config.train.global_batch_images} images ({images_seen:,} images seen) |
-| condition dropout | {config.conditioning.dropout:g} |
-| weights | average `{average.name}` |
-
-License of weights and data: to be filled in by whoever publishes them.
-
-<details><summary>The whole config</summary>
-
-```yaml
-{to_yaml(config)}```
-</details>
-"""
-
-
-def objective_words(diffusion: DiffusionConfig) -> str:
-    """What the network learned to say, in a line of the model card."""
-    match diffusion.objective:
-        case "edm":
-            return "EDM: a preconditioned denoiser (Karras et al. 2022)"
-        case "flow":
-            return "flow matching: the velocity ε - z_0 on straight lines"
-        case "ddpm":
-            words = f"{diffusion.prediction_type}, {diffusion.schedule} schedule, T = {diffusion.num_timesteps}"
-            if diffusion.resolution_shift != 1:
-                words += f", shifted by {diffusion.resolution_shift:g}"
-            if diffusion.zero_terminal_snr:
-                words += ", zero terminal SNR"
-            if diffusion.weighting != "unweighted":
-                words += f", weighting {diffusion.weighting}"
-            return words + (", learned variance" if diffusion.variance_type == "learned_range" else "")
+def write_samples(
+    pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]], config: Config, path: Path
+) -> None:
+    """A small grid of what the model draws, for its card."""
+    settings = config.evaluation
+    asked = [ask for _, ask in rows for _ in range(CARD_COLUMNS)]
+    pixels = sampler.draw(
+        pipe,
+        asked,
+        range(len(asked)),
+        seed=config.seed,
+        guidance_scale=settings.guidance_scales[-1],
+        num_inference_steps=settings.num_inference_steps,
+        batch_images=settings.batch_images,
+    )
+    drawn = [(title, list(pixels[i * CARD_COLUMNS : (i + 1) * CARD_COLUMNS])) for i, (title, _) in enumerate(rows)]
+    labelled_grid(drawn, scale=2 if config.data.image_size < 128 else 1).save(path, format="PNG")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,13 @@ Arguments = dict[str, Any]  # keyword arguments of UNet2DConditionModel
 SINGLE_FILE = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 LDM_UNET = "model.diffusion_model."  # what a U-Net's tensors begin with in Stable Diffusion's own files
-# What a network with these is told besides z_t, t, a class and condition tokens, this trainer doesn't know.
-UNKNOWN_CONDITIONS = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
+# How a network can be told things here, besides condition tokens: a class embedding, a class as a token, SDXL's sizes.
+KNOWN_CONDITIONS = {
+    "class_embed_type": (None,),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text_time"),
+}
+ADDITIONS = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
 
 
 @dataclass(frozen=True)
@@ -79,16 +84,16 @@ def open_pretrained(config: UnetConfig) -> Pretrained | None:
 
 
 def fit(
-    start: Pretrained, *, in_channels: int, channels: int, learned_variance: bool, num_class_embeds: int | None
+    start: Pretrained, *, in_channels: int, channels: int, learned_variance: bool, condition: Arguments
 ) -> tuple[Arguments, dict[str, Tensor]]:
     """Arguments and weights of a network that computes at first what `start` does, with other channels and classes.
 
     `in_channels` beyond those it has (conditions beside z_t) have zero weights in conv_in.  Of the output, `channels`
     C is the prediction; with `learned_variance` C more say where the variance lies, between β̃_t at -1 and β_t at 1:
     where it has none their weights are zero, so v = 0, half-way on a logarithmic scale; one that it has but isn't
-    asked for is left out.  A class embedding of `num_class_embeds` rows, where it has none, is zero: no class says
-    anything yet.
-    ValueError: other latent channels, fewer inputs, or another class embedding than the one there.
+    asked for is left out.  `condition`: see `unet.condition_arguments`; a class embedding, or class tokens, where it
+    has none, are zero: no class says anything yet.
+    ValueError: other latent channels, fewer inputs, other classes than those there, or no room for SDXL's sizes.
     """
     has_in, has_out = int(start.arguments["in_channels"]), int(start.arguments["out_channels"])
     out_channels = 2 * channels if learned_variance else channels
@@ -97,18 +102,27 @@ def fit(
             f"{start.record['source']!r} has {has_in} channels in and {has_out} out, {in_channels} in and {channels} "
             f"out (or {2 * channels}, with a learned variance) were wanted: one for latents of {channels} channels"
         )
-    has_rows = start.arguments.get("num_class_embeds")
-    if has_rows is not None and has_rows != num_class_embeds:
-        wanted = f"{num_class_embeds} (conditioning.num_classes + 1)" if num_class_embeds else "none"
-        raise ValueError(f"{start.record['source']!r} has a class embedding of {has_rows} rows, {wanted} was wanted")
+    for key, what in (("num_class_embeds", "a class embedding"), ("encoder_hid_dim", "class tokens")):
+        has, rows = start.arguments.get(key), condition.get(key)
+        if has is not None and has != rows:
+            wanted = f"{rows} (conditioning.num_classes + 1)" if rows else "none"
+            raise ValueError(f"{start.record['source']!r} has {what} of {has} rows, {wanted} was wanted")
+    differing = [key for key in ADDITIONS if start.arguments.get(key) != condition.get(key)]
+    if differing:
+        said = "; ".join(f"{k} {start.arguments.get(k)!r} came, {condition.get(k)!r} was wanted" for k in differing)
+        raise ValueError(f"{start.record['source']!r}: {said} (what two text encoders pool, and sizes)")
     weights = dict(start.weights)
     weights["conv_in.weight"] = _resized(weights["conv_in.weight"], in_channels, dim=1)
     for name in ("conv_out.weight", "conv_out.bias"):
         weights[name] = _resized(weights[name], out_channels, dim=0)
-    if num_class_embeds is not None and has_rows is None:
+    if "num_class_embeds" in condition and "class_embedding.weight" not in weights:
         width = weights["time_embedding.linear_2.weight"].shape[0]
-        weights["class_embedding.weight"] = torch.zeros(num_class_embeds, width)
-    fitted = {"in_channels": in_channels, "out_channels": out_channels, "num_class_embeds": num_class_embeds}
+        weights["class_embedding.weight"] = torch.zeros(condition["num_class_embeds"], width)
+    if "encoder_hid_dim" in condition and "encoder_hid_proj.weight" not in weights:
+        width = start.arguments["cross_attention_dim"]
+        weights["encoder_hid_proj.weight"] = torch.zeros(width, condition["encoder_hid_dim"])
+        weights["encoder_hid_proj.bias"] = torch.zeros(width)
+    fitted = {"in_channels": in_channels, "out_channels": out_channels, **condition}
     return start.arguments | fitted, weights
 
 
@@ -165,8 +179,8 @@ class _Place:
         kind = said.get("_class_name")
         if kind != "UNet2DConditionModel":
             raise ValueError(f"{where!r} is of class {kind}, UNet2DConditionModel was wanted")
-        for key in UNKNOWN_CONDITIONS:
-            if said.get(key) is not None:
+        for key, known in KNOWN_CONDITIONS.items():
+            if said.get(key) not in known:
                 raise ValueError(f"{where!r} has {key}={said[key]!r}, a condition that can't be given here")
         with torch.device("meta"):  # for the defaults of what config.json leaves out
             built = UNet2DConditionModel.from_config({key: v for key, v in said.items() if not key.startswith("_")})

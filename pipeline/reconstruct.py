@@ -25,10 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import checkpoint, ema, files, program, saving, snapshots
-from pipeline.checkpoint import WEIGHTS, Checkpoint, Read, weights_stem
+from pipeline.checkpoint import WEIGHTS, Checkpoint, Read
 from pipeline.config import Config
 from pipeline.ema import Power
 from pipeline.errors import UsageError, blame
+from pipeline.learner import TRANSFORMERS_WEIGHTS
 
 WARN_ERROR = 0.01  # expected, as a share of the distance between the average and the raw weights
 
@@ -99,27 +100,32 @@ def write(parts: Sequence[tuple[float, Checkpoint, Power]], out: Path, said: dic
 
     In memory: one file's weights (saving.MAX_FILE_BYTES), and one parameter in fp64.
     """
-    newest = weights_stem(max(profile.name for _, snapshot, profile in parts if snapshot is last))
-    shapes = last.shapes(newest)
+    newest = max(profile.name for _, snapshot, profile in parts if snapshot is last)
+    encoders = [path.name for path in (last.path / newest).iterdir() if path.is_dir()]  # text encoders that learned
+    stems = {WEIGHTS, *(f"{name}/{TRANSFORMERS_WEIGHTS}" for name in encoders)}
+    shapes = {stem: last.shapes(f"{newest}/{stem}") for stem in sorted(stems)}
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with (
-        ExitStack() as opened,
-        tqdm(total=len(shapes), desc="ema", unit=" parameters", dynamic_ncols=True) as bar,
-    ):
-        readers = [(x, opened.enter_context(s.reading(weights_stem(profile.name)))) for x, s, profile in parts]
-        planned = saving.plan_files({WEIGHTS: shapes}, num_ranks=1, max_bytes=saving.MAX_FILE_BYTES)
-        listed: dict[str, Any] = {}
-        for file in planned[WEIGHTS]:
-            tensors: dict[str, Tensor] = {}
-            for name in file.names:
-                tensors[name] = combined(name, readers)
-                bar.update()
-            save_file(tensors, aside / file.path, metadata={"format": "pt"})
-            listed[file.path] = checkpoint.seal(aside / file.path)
-    documents = {"state.json": {**last.state, "reconstruction": said}, **saving.indices({WEIGHTS: shapes}, planned)}
-    documents["config.json"] = files.read_json(last.path / Path(newest).parent / "config.json")
+    planned = saving.plan_files(shapes, num_ranks=1, max_bytes=saving.MAX_FILE_BYTES)
+    listed: dict[str, Any] = {}
+    total = sum(map(len, shapes.values()))
+    with tqdm(total=total, desc="ema", unit=" parameters", dynamic_ncols=True) as bar:
+        for stem, of_stem in planned.items():
+            with ExitStack() as opened:
+                readers = [(x, opened.enter_context(s.reading(f"{p.name}/{stem}"))) for x, s, p in parts]
+                for file in of_stem:
+                    tensors: dict[str, Tensor] = {}
+                    for name in file.names:
+                        tensors[name] = combined(name, readers)
+                        bar.update()
+                    (aside / file.path).parent.mkdir(exist_ok=True)
+                    save_file(tensors, aside / file.path, metadata={"format": "pt"})
+                    listed[file.path] = checkpoint.seal(aside / file.path)
+    documents = {"state.json": {**last.state, "reconstruction": said}, **saving.indices(shapes, planned)}
+    for folder in (".", *encoders):
+        name = (Path(folder) / "config.json").as_posix()
+        documents[name] = files.read_json(last.path / newest / name)
     for name, value in documents.items():
         files.write_json(aside / name, value)
         listed[name] = checkpoint.seal(aside / name)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
+from transformers.utils import logging
 
 from pipeline.class_conditional import ClassConditionalPipeline
-from pipeline.config import DiffusionConfig
+from pipeline.config import Config, DiffusionConfig
+from pipeline.data.dataset import read_told, spaced
 from pipeline.data.draws import Purpose, integer_seed
 from pipeline.data.images import to_pixels
+from pipeline.data.index import ShardSet
 from pipeline.denoiser import scheduler_of
 from pipeline.errors import UsageError
+from pipeline.text import TextEncoders
 from vae.moments import LatentScale
 
 
@@ -37,17 +42,20 @@ def assemble(
     latent_scale: LatentScale,
     diffusion: DiffusionConfig,
     class_names: Sequence[str] | None,
+    *,
+    text: TextEncoders | None = None,
 ) -> ClassConditionalPipeline:
     """The pipeline that an export is: its scheduler says what the schedule means, its VAE how latents are scaled."""
     vae.register_to_config(scaling_factor=latent_scale.scale, shift_factor=latent_scale.shift or None)
-    pipe = ClassConditionalPipeline(vae, unet, scheduler_of(diffusion), list(class_names) if class_names else None)
+    names, parts = list(class_names) if class_names else None, text.components if text else {}
+    pipe = ClassConditionalPipeline(vae, unet, scheduler_of(diffusion), names, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def frozen_unet(unet_config: Any, weights: dict[str, Tensor], device: torch.device) -> UNet2DConditionModel:
     """A U-Net of diffusers' config with these fp32 weights, frozen."""
-    unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(unet_config))
+    unet: Any = UNet2DConditionModel.from_config(unet_config)
     unet.load_state_dict(weights)
     unet.requires_grad_(False)
     Module.to(unet, device)
@@ -57,6 +65,23 @@ def frozen_unet(unet_config: Any, weights: dict[str, Tensor], device: torch.devi
 def sample_seeds(seed: int, indices: Sequence[int]) -> list[int]:
     """The seed of each image of a run's samples: a function of (seed, index)."""
     return [integer_seed(seed, Purpose.SAMPLE, index) for index in indices]
+
+
+def rows_of(config: Config, limit: int) -> list[tuple[str, Asked]]:
+    """Titles and what they ask for, for pictures: the first classes, or captions of held-out images (else training's).
+
+    Of captions no two are the same; they are of one shard, since each shard may have to come from afar.
+    """
+    condition, data = config.conditioning, config.data
+    if condition.text is None:
+        names = condition.class_names or [str(i) for i in range(condition.num_classes)]
+        return [(names[label], Asked(label)) for label in range(min(limit, condition.num_classes))]
+    shards = ShardSet(data.validation_images or data.train_images[0], open_shards=1, remote=data.remote)
+    found: dict[str, Asked] = {}
+    shard = max(range(len(shards.counts)), key=shards.counts.__getitem__)
+    places = [(shard, row) for row in spaced(shards.counts[shard], 8 * limit)]
+    found = {text: Asked(label, text) for label, text in read_told(shards, places) if text is not None}
+    return list(found.items())[:: max(1, len(found) // limit)][:limit]
 
 
 def told_of(pipe: ClassConditionalPipeline, asked: Sequence[Asked]) -> dict[str, Any]:
@@ -76,14 +101,41 @@ def open_export(folder: Path, device: torch.device | str) -> ClassConditionalPip
     """
     if not (folder / "model_index.json").exists():
         raise UsageError(f"{folder}: no export here; run: python -m pipeline export with this config")
-    disable_progress_bar()  # of loading a few small files
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe = open_folder(folder)
     if type(pipe).__name__ != ClassConditionalPipeline.__name__:
         parts = ("vae", "unet", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
         taken: dict[str, Any] = {name: getattr(pipe, name, None) for name in parts}
         pipe = ClassConditionalPipeline(**taken)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def open_folder(folder: Path) -> Any:
+    """A diffusers pipeline, opened without progress bars."""
+    disable_progress_bar()  # of loading a few small files
+    logging.disable_progress_bar()
+    with quiet_imports():
+        pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def cast(pipe: Any, dtype: torch.dtype) -> None:
+    """Give all networks of a pipeline this dtype, all their layers."""
+    for model in pipe.components.values():
+        if isinstance(model, Module):
+            Module.to(model, dtype)
+
+
+@contextmanager
+def quiet_imports() -> Generator[None]:
+    """transformers doesn't say that torchvision is missing, which nothing here wants."""
+    was = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(was)
 
 
 def draw(

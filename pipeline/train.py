@@ -1,4 +1,4 @@
-"""Train the latent diffusion model: DDPM's Algorithm 1 (Ho et al. 2020) on latents, class-conditional.
+"""Train the latent diffusion model: DDPM's Algorithm 1 (Ho et al. 2020) on latents, told classes, captions or both.
 
 To resume, run the same command again.
 """
@@ -23,11 +23,22 @@ from torch.nn import Module
 
 from pipeline import files, program, sampler
 from pipeline.class_conditional import ClassConditionalPipeline
-from pipeline.conditioning import told_class
-from pipeline.config import Config
+from pipeline.conditioning import Conditioning, Joint
+from pipeline.config import Config, UnetConfig
 from pipeline.data import latents, online
-from pipeline.data.dataset import Samples
-from pipeline.data.pieces import ClassCondition, Diffusion, Moments, Piece, Pixels, PosteriorNoise
+from pipeline.data.dataset import Samples, read_captions
+from pipeline.data.pieces import (
+    Caption,
+    CaptionEmbedding,
+    ClassLabel,
+    Diffusion,
+    Dropout,
+    Moments,
+    Piece,
+    Pixels,
+    PosteriorNoise,
+    Sizes,
+)
 from pipeline.denoiser import objective_of
 from pipeline.ema import profiles
 from pipeline.engine import Engine
@@ -37,13 +48,14 @@ from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.pretrained import open_pretrained, resolved
 from pipeline.run_folder import claim, write_status
 from pipeline.sampler import Asked
+from pipeline.text import TextEncoders, Tokenizers, learn_tokenizer, open_text
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
 from vae.model import load, weights_sha256
 from vae.moments import LatentScale, encode_moments, sample_posterior
 
 IDENTITY = ("seed", "data", "unet", "conditioning", "diffusion", "optimizer", "train", "engine", "ema")
-PICTURE_COLUMNS = 4  # images of each class in a picture while training
+PICTURE_ROWS, PICTURE_COLUMNS = 10, 4  # of a picture while training: classes or captions, images of each
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config, args: argparse.Namespace) -> None:
-    """config → engine → data → frozen VAE → U-Net, optimizer, EMA → resume → steps → pictures on the way."""
+    """config → engine → frozen VAE, captions' words → data → U-Net, optimizer, EMA → resume → steps → pictures."""
     del args
     run = Path(config.run_dir)
     engine = Engine(config.engine)
@@ -61,13 +73,23 @@ def train(config: Config, args: argparse.Namespace) -> None:
         config = config.model_copy(update={"unet": resolved(config.unet)})
     engine.main_does(lambda: claim(run, config, IDENTITY))
 
-    # frozen VAE and data: latents know which VAE made them, and at what scale
+    # frozen VAE, text encoders
     with blame("vae.path"):
         vae = load(config.vae.path)
     Module.to(vae, engine.device)
     side = config.data.image_size // 2 ** (len(vae.config["block_out_channels"]) - 1)
     latent_shape = (int(vae.config["latent_channels"]), side, side)
 
+    condition = config.conditioning
+    text = None
+    if condition.text is not None:
+        with blame("conditioning.text"):
+            if condition.text.models:
+                engine.main_does(lambda: learn_words(run, config))
+            text = open_text(condition.text, run / "text", config.seed).to(engine.device)
+            check_width(config.unet, text)
+
+    # data: latents know which VAE made them, and at what scale
     def moments_of(x: Tensor) -> Tensor:
         """x [B,3,H,W] on any device → moments [B,2C,h,w]."""
         with torch.no_grad(), engine.autocast():
@@ -77,16 +99,18 @@ def train(config: Config, args: argparse.Namespace) -> None:
         folders, described = config.data.train_images, describe_online(config, engine, vae, moments_of)
         read: Piece = Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip)
     else:
-        folders, described = config.data.train_latents, open_sets(config, vae)
+        folders, described = config.data.train_latents, open_sets(config, vae, text)
         num_crops = config.data.encode_crops if config.data.crop == "random" else 1
         read = Moments(config.seed, latent_shape, num_crops, config.data.flip)
     latent_scale = LatentScale(described["scale"], described["shift"])
-    condition = config.conditioning
+    if config.vae.latent_scale == "own":
+        latent_scale = LatentScale(float(vae.config["scaling_factor"]), float(vae.config.get("shift_factor") or 0))
     pieces = (
         read,
         PosteriorNoise(config.seed, latent_shape),
         Diffusion(config.seed, latent_shape, config.train.global_batch_images, config.diffusion.timestep_draw),
-        ClassCondition(config.seed, condition.num_classes, condition.dropout),
+        Dropout(config.seed, condition.dropout),
+        *told_pieces(config, text),
     )
     with blame("data"):
         samples = Samples.of(folders, pieces, seed=config.seed, data=config.data)
@@ -101,18 +125,21 @@ def train(config: Config, args: argparse.Namespace) -> None:
             latent_shape,
             config.seed,
             learned_variance=config.diffusion.variance_type == "learned_range",
+            pooled_width=text.pooled_width if text else None,
             start=start,
         )
     started_from = start.record if start else None
     del start  # its weights, when the network's own have gone to the device
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    conditioning = Conditioning(condition, text, unet.config)
+    learners = text if conditioning.learns else None  # the text encoders, where they learn
     settings = config.optimizer
     training = Training(
         engine,
         run,
-        models={"unet": unet},
-        module=unet,
+        models={"unet": unet} | (learners.named if learners else {}),
+        module=Joint(unet, learners) if learners else unet,
         profiles=profiles(config.ema),
         samples=samples,
         course=Course(
@@ -136,8 +163,9 @@ def train(config: Config, args: argparse.Namespace) -> None:
         ),
         config=config,
         record={
-            "latents": {name: described[name] for name in ("scale", "shift", "origin")},
+            "latents": {"scale": latent_scale.scale, "shift": latent_scale.shift, "origin": described["origin"]},
             "started_from": started_from,
+            "text": text.description(conditioning.learns) if text else None,
         },
     )
 
@@ -146,27 +174,68 @@ def train(config: Config, args: argparse.Namespace) -> None:
         moments = batch["moments"].float() if "moments" in batch else moments_of(batch["x"])  # [B,2C,h,w]
         z_0 = latent_scale.normalise(sample_posterior(moments, batch["posterior_noise"]))  # [B,C,h,w]
         noised = objective.noised(z_0, batch["u"], batch["eps"])
-        told = told_class(batch["class_label"], batch["dropped"], num_classes=condition.num_classes)
-        output = model(noised.z, noised.time, **told.arguments(unet.config, torch.float32)).sample
+        with engine.autocast():
+            told = conditioning.arguments(batch)
+        output = model(noised.z, noised.time, **told).sample
         loss, parts = objective.loss(output, z_0, batch["eps"], noised)
+        if "truncated" in batch:
+            parts |= {"truncated_captions": batch["truncated"].float()}  # share of the captions that are too long
         return loss.mean(), {name: part.mean() for name, part in parts.items()}
 
+    rows = sampler.rows_of(config, PICTURE_ROWS) if engine.is_main else []
     for step in training.steps(loss_of):
         if step % config.evaluation.every_steps == 0:
-            averaged = training.learner.averaged("unet")
+            averaged = {model: training.learner.averaged(model) for model in training.learner.models}
             if engine.is_main:
-                unet_now = sampler.frozen_unet(unet.config, averaged, engine.device)
-                names = config.conditioning.class_names
-                save_picture(run, step, config, sampler.assemble(unet_now, vae, latent_scale, config.diffusion, names))
+                unet_now = sampler.frozen_unet(unet.config, averaged.pop("unet"), engine.device)
+                text_now = text.with_weights(averaged) if text else None
+                pipe = sampler.assemble(
+                    unet_now, vae, latent_scale, config.diffusion, condition.class_names, text=text_now
+                )
+                save_picture(run, step, config, pipe, rows)
     engine.main_does(lambda: write_status(run, "done", step=config.train.steps))
     if engine.is_main:
         program.say(f"trained {config.train.steps} steps; the checkpoints are in {run / 'checkpoints'}")
 
 
-def open_sets(config: Config, vae: AutoencoderKL) -> dict[str, Any]:
+def learn_words(run: Path, config: Config) -> None:
+    """RUN/text: the tokenizers of text encoders from scratch, learned once from the captions of the training set."""
+    assert config.conditioning.text is not None
+    if not (run / "text").exists():
+        captions = read_captions(config.data.train_latents or config.data.train_images, config.data.remote)
+        each = tuple(learn_tokenizer(captions, shape) for shape in config.conditioning.text.models)
+        with files.whole_folder(run / "text") as aside:
+            Tokenizers(each).save(aside)
+
+
+def check_width(unet: UnetConfig, text: TextEncoders) -> None:
+    """Raise UsageError where the U-Net reads tokens of another width than the text encoders give."""
+    if unet.cross_attention_dim != text.width:
+        raise UsageError(
+            f"its tokens are {text.width} wide, unet.cross_attention_dim={unet.cross_attention_dim} came; the same was "
+            "wanted"
+        )
+
+
+def told_pieces(config: Config, text: TextEncoders | None) -> list[Piece]:
+    """What each sample brings of its condition."""
+    condition, data = config.conditioning, config.data
+    found: list[Piece] = [ClassLabel(condition.num_classes)] if condition.has_class else []
+    if text is not None and condition.text is not None:
+        cached = condition.text.embeddings == "cached"
+        shapes = latents.text_parts(text.words.num_tokens, text.width, text.pooled_width)
+        found.append(CaptionEmbedding(tuple(shapes)) if cached else Caption(text.words))
+        if text.pooled_width is not None:
+            num_crops = None if data.train_latents is None else data.encode_crops
+            found.append(Sizes(config.seed, data.image_size, data.crop, data.flip, num_crops))
+    return found
+
+
+def open_sets(config: Config, vae: AutoencoderKL, text: TextEncoders | None) -> dict[str, Any]:
     """The latent sets' scale and origin, once they are found to fit the VAE and the config."""
     assert config.data.train_latents is not None
     described: list[dict[str, Any]] = []
+    cached = config.conditioning.text is not None and config.conditioning.text.embeddings == "cached"
     for folder in config.data.train_latents:
         with blame("data.train_latents"):
             found = latents.open_latents(
@@ -176,9 +245,12 @@ def open_sets(config: Config, vae: AutoencoderKL) -> dict[str, Any]:
                 crop=config.data.crop,
                 flip=config.data.flip,
                 encode_crops=config.data.encode_crops,
+                text_encoder_sha256=text.sha256() if text and cached else None,
+                image_sizes=text is not None and text.pooled_width is not None,
                 remote=config.data.remote,
             )
-            check_labels(folder, found, config.conditioning.num_classes)
+            if config.conditioning.has_class:
+                check_labels(folder, found, config.conditioning.num_classes)
         described.append(found)
     with blame("data.train_latents"):
         return latents.merge_descriptions(described, config.data.weights or (1.0,))
@@ -222,23 +294,25 @@ def describe_online(
     )
 
 
-def save_picture(run: Path, step: int, config: Config, pipe: ClassConditionalPipeline) -> None:
-    """RUN/samples/step-N.png: some images of the first classes from the averaged weights, the same noise each time."""
-    names = config.conditioning.class_names or [str(i) for i in range(config.conditioning.num_classes)]
-    classes = range(min(10, config.conditioning.num_classes))
-    labels = [label for label in classes for _ in range(PICTURE_COLUMNS)]
+def save_picture(
+    run: Path, step: int, config: Config, pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]]
+) -> None:
+    """RUN/samples/step-N.png: a row of images of each title and what it asks for, from the same noise each time."""
+    asked = [ask for _, ask in rows for _ in range(PICTURE_COLUMNS)]
     pixels = sampler.draw(
         pipe,
-        [Asked(label) for label in labels],
-        range(len(labels)),
+        asked,
+        range(len(asked)),
         seed=config.seed,
         guidance_scale=config.evaluation.guidance_scales[-1],
         num_inference_steps=config.evaluation.num_inference_steps,
         batch_images=config.evaluation.batch_images,
     )
-    rows = [(names[c], list(pixels[i * PICTURE_COLUMNS : (i + 1) * PICTURE_COLUMNS])) for i, c in enumerate(classes)]
+    drawn = [
+        (title, list(pixels[i * PICTURE_COLUMNS : (i + 1) * PICTURE_COLUMNS])) for i, (title, _) in enumerate(rows)
+    ]
     with files.whole(run / "samples" / f"step-{step:09d}.png") as aside:
-        labelled_grid(rows, scale=2, title=f"step {step}").save(aside, format="PNG")
+        labelled_grid(drawn, scale=2, title=f"step {step}").save(aside, format="PNG")
 
 
 if __name__ == "__main__":

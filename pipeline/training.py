@@ -96,6 +96,7 @@ class Training:
         found = self._newest()
         if found:
             self.data.check_continues(found.state["data"])
+            self._check_record(found)
             self.data = DataState(**found.state["data"])
             self.step, self.num_spikes, self.micro = (
                 found.step,
@@ -120,6 +121,15 @@ class Training:
             total_steps=course.steps,
         )
         self.journal.begin(self.step, self.data.position, replaced)
+
+    def _check_record(self, found: Checkpoint) -> None:
+        """Raise UsageError where a checkpoint was made of other latents, weights or words than the run has now."""
+        for name, now in self.record.items():
+            if found.state.get(name) != now:
+                raise UsageError(
+                    f"{found.path}: its {name} were {found.state.get(name)}, now they are {now}; restore what the run "
+                    "was begun with, or choose another run_dir"
+                )
 
     def steps(self, loss_of: LossOf) -> Iterator[int]:
         """Take the steps that are left; give the number of steps made after each, before it is saved.

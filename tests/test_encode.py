@@ -21,7 +21,7 @@ from world import FORKSERVER, World, free_port, run_rank
 from pipeline import files
 from pipeline.data import images, latents
 from pipeline.data.index import ShardSet
-from pipeline.text import TextEncoder
+from pipeline.text import TextEncoders
 from vae.model import load
 from vae.moments import MomentStatistics, encode_moments
 
@@ -341,14 +341,15 @@ def test_captions_are_embedded(world: World) -> None:
     long = good(8) | {"txt": b"one two " * 12}
     source = write_set(world.root / "images", [["", "a caption", ""], [""], [without, long]])
     clip = write_text_encoder(world.root / "clip")
-    out = encode(world, source, world.root / "out", f"data.encode_text={clip}")
-    encoder = TextEncoder.load(clip)
+    text = ("conditioning.kind=text", "conditioning.num_classes=0", "conditioning.text.embeddings=cached")
+    out = encode(world, source, world.root / "out", *text, f"conditioning.text.path={clip}")
+    encoder = TextEncoders.load(clip)
     shards = ShardSet(out, open_shards=1)
     for place in ((0, 0), (0, 1), (1, 0), (2, 0)):
         _, parts = shards.read(*place)
         found = latents.text_from_bytes(parts["text.npy"])
         assert found.shape == (NUM_TOKENS, WIDTH)
-        assert np.allclose(found, encoder.encode([parts["txt"].decode()])[0].numpy(), atol=2e-3)
+        assert np.allclose(found, encoder.encode([parts["txt"].decode()]).tokens[0].numpy(), atol=2e-3)
     said = told(out)
     assert said["num_truncated_captions"] == 1 and said["num_quarantined"] == 2
     assert [row["reason"].partition(":")[0] for row in rows(out)] == [
@@ -358,8 +359,8 @@ def test_captions_are_embedded(world: World) -> None:
     assert said["origin"]["text_encoder_sha256"] == encoder.sha256()
     encode(world, source, out, code=2)
     assert "text_encoder_sha256 was" in world.said()
-    encode(world, source, world.root / "none", f"data.encode_text={world.root / 'nothing'}", code=2)
-    assert f"error: data.encode_text: {world.root}/nothing/tokenizer has no tokenizer_config.json" in world.said()
+    encode(world, source, world.root / "none", *text, f"conditioning.text.path={world.root / 'nothing'}", code=2)
+    assert f"error: conditioning.text.path: {world.root}/nothing/tokenizer has no tokenizer_config.json" in world.said()
 
 
 # wrong usage --------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ LAYERS = {
         pipeline.strategies.masters pipeline.strategies.ddp pipeline.strategies.zero pipeline.strategies.fsdp2
         pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
-        pipeline.training pipeline.sampler pipeline.bounds
+        pipeline.training pipeline.sampler pipeline.bounds pipeline.model_card
         pipeline.locks pipeline.encoder pipeline.encoding
     """,
     "L3 programs": """

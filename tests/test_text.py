@@ -12,7 +12,7 @@ import pytest
 import torch
 from captions import CAPTIONS, NUM_TOKENS, WIDTH, write_text_encoder
 
-from pipeline.text import TextEncoder
+from pipeline.text import TextEncoders
 
 
 @pytest.fixture(scope="module")
@@ -23,48 +23,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONG = " ".join(CAPTIONS)
 
 
-def stock(encoder: TextEncoder, captions: list[str]) -> Any:
+def stock(encoder: TextEncoders, captions: list[str]) -> Any:
     """encode_prompt of StableDiffusionPipeline, of which only the text parts are there."""
     from diffusers import StableDiffusionPipeline
 
     class OnlyText(StableDiffusionPipeline):
         def __init__(self) -> None:
-            self.register_modules(text_encoder=encoder.model, tokenizer=encoder.tokenizer, unet=None)
+            self.register_modules(text_encoder=encoder.models[0], tokenizer=encoder.words.each[0], unet=None)
 
     return OnlyText().encode_prompt(captions, "cpu", 1, False)[0]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_it_is_what_the_stock_pipeline_makes(folder: Path, masked: bool) -> None:
-    encoder = TextEncoder.load(folder)
-    encoder.model.config.use_attention_mask = masked
+def test_it_is_what_the_stock_pipeline_makes(folder: Path) -> None:
+    encoder = TextEncoders.load(folder)
     captions = [*CAPTIONS, "", LONG, "words unknown, ÄÖ 猫"]
-    made = encoder.encode(captions)
+    made = encoder.encode(captions).tokens
+    assert made is not None
     assert made.shape == (len(captions), NUM_TOKENS, WIDTH) and made.dtype == torch.float32
     assert torch.equal(made, stock(encoder, captions).detach())
 
 
 def test_long_captions_are_counted(folder: Path) -> None:
-    encoder = TextEncoder.load(folder)
-    assert encoder.num_truncated(CAPTIONS) == 0
-    assert encoder.num_truncated([LONG, "a cat", LONG + LONG]) == 2
+    encoder = TextEncoders.load(folder)
+    assert encoder.words.num_truncated(CAPTIONS) == 0
+    assert encoder.words.num_truncated([LONG, "a cat", LONG + LONG]) == 2
 
 
 def test_the_hash_knows_weights_and_words(folder: Path, tmp_path: Path) -> None:
-    known = TextEncoder.load(folder).sha256()
-    assert TextEncoder.load(folder).sha256() == known
+    known = TextEncoders.load(folder).sha256()
+    assert TextEncoders.load(folder).sha256() == known
     other = write_text_encoder(tmp_path / "other", seed=1)
-    assert TextEncoder.load(other).sha256() != known
+    assert TextEncoders.load(other).sha256() != known
     shutil.rmtree(other / "tokenizer")
     shutil.copytree(folder / "tokenizer", other / "tokenizer")
     shutil.rmtree(other / "text_encoder")
     shutil.copytree(folder / "text_encoder", other / "text_encoder")
-    assert TextEncoder.load(other).sha256() == known
+    assert TextEncoders.load(other).sha256() == known
     # the layout of the first stable-diffusion folders
     (other / "tokenizer" / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(folder / name, other / "tokenizer" / name)
-    assert TextEncoder.load(other).sha256() == known
+    assert TextEncoders.load(other).sha256() == known
 
 
 def change_json(path: Path, **values: Any) -> None:
@@ -87,6 +86,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: change_json(folder / "text_encoder" / "config.json", num_hidden_layers=3),
         r"don't fit the config\.json beside them",
     ),
+    "a mask": (
+        lambda folder: change_json(folder / "text_encoder" / "config.json", use_attention_mask=True),
+        "says use_attention_mask",
+    ),
     "long captions": (
         lambda folder: change_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=77),
         "captions of 77 tokens came, the text encoder knows [0-9]+ words and 12 tokens",
@@ -100,4 +103,4 @@ def test_a_broken_folder_is_refused(folder: Path, tmp_path: Path, broken: Callab
     shutil.copytree(folder, copy)
     broken(copy)
     with pytest.raises((OSError, ValueError), match=said):
-        TextEncoder.load(copy)
+        TextEncoders.load(copy)

@@ -115,6 +115,11 @@ class VaeConfig(Section):
         "is downloaded.  Left out: the one in run_dir.",
         json_schema_extra=FREE,
     )
+    latent_scale: Literal["measured", "own"] = Field(
+        default="measured",
+        description="What latents are multiplied by for the U-Net: 1 over the standard deviation measured on these "
+        "images; own: the scaling_factor and shift_factor of the VAE's config.json, which a pretrained U-Net expects.",
+    )
     model: VaeModelConfig = Field(
         default=VaeModelConfig(), description="Architecture, where it is trained from scratch."
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from pipeline.data import draws, images
 from pipeline.data.draws import Purpose
 from pipeline.data.index import ShardSet
 from pipeline.data.order import Mix, Order
-from pipeline.data.pieces import Piece, class_label, image_part
+from pipeline.data.pieces import Piece, caption, class_label, image_part
 from pipeline.data.quarantine import BadSample
 from pipeline.errors import RunError, SampleError, UsageError, blame
 
@@ -188,30 +189,71 @@ def _leave_signals_to_the_program(worker: int) -> None:
         signal.signal(polite, signal.SIG_IGN)
 
 
-def read_images(
-    location: str | Path, *, size: int, limit: int, remote: RemoteConfig | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[BadSample]]:
-    """Images uint8 [N,H,W,3] and labels int64 [N] of a whole set, or of `limit` evenly spaced samples of it.
+class Shown(NamedTuple):
+    """Samples of a set, decoded."""
 
-    And those that can't be read, which are left out.  Raises UsageError where nothing is left.
+    pixels: NDArray[np.uint8]  # [N,H,W,3]
+    labels: NDArray[np.int64] | None  # [N]; None: the set has none
+    captions: list[str] | None  # N; None: the set has none
+    bad: list[BadSample]  # those that can't be read, which are left out
+
+
+def read_images(location: str | Path, *, size: int, limit: int, remote: RemoteConfig | None = None) -> Shown:
+    """A whole set, or `limit` evenly spaced samples of it.  Its first sample says what the others must have.
+
+    Raises UsageError where nothing can be read.
     """
     shards = ShardSet(location, open_shards=1, remote=remote)
-    places = [(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
-    if len(places) > limit:
-        places = [places[i * len(places) // limit] for i in range(limit)]
+    places = evenly(shards, limit)
+    first = shards.read(*places[0])[1] if places else {}
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
+    captions: list[str] = []
     bad: list[BadSample] = []
     for number, (shard, row) in enumerate(places):
         key, parts = shards.read(shard, row)
         try:
-            image, label = images.decode(image_part(parts), size), class_label(parts)
+            image = images.decode(image_part(parts), size)
+            label = class_label(parts) if "cls" in first else 0
+            text = caption(parts) if "txt" in first else ""
         except ValueError as error:
             bad.append(BadSample(number, shards.path(shard), key, str(error)))
         else:
             pixels.append(image)
             labels.append(label)
+            captions.append(text)
     if not pixels:
         told = f"none of its {len(places)} samples can be read; the first: {bad[0].reason}" if bad else "it is empty"
         raise UsageError(f"{location}: {told}")
-    return np.stack(pixels), np.array(labels, dtype=np.int64), bad
+    labelled = np.array(labels, dtype=np.int64) if "cls" in first else None
+    return Shown(np.stack(pixels), labelled, captions if "txt" in first else None, bad)
+
+
+def read_captions(locations: Sequence[str], remote: RemoteConfig, limit: int = 100_000) -> list[str]:
+    """The captions of sets, `limit` evenly spaced ones of each at most.  Raises UsageError where there are none."""
+    sets = [ShardSet(location, open_shards=1, remote=remote) for location in locations]
+    found = [text for shards in sets for _, text in read_told(shards, evenly(shards, limit)) if text is not None]
+    if not found:
+        raise UsageError(f"{', '.join(locations)}: no sample has a caption, a .txt part")
+    return found
+
+
+def read_told(shards: ShardSet, places: Iterable[tuple[int, int]]) -> Iterator[tuple[int | None, str | None]]:
+    """Label and caption of samples at (shard, row), None where there is none; bad samples are passed over."""
+    for place in places:
+        _, parts = shards.read(*place)
+        with suppress(ValueError):
+            yield class_label(parts) if "cls" in parts else None, caption(parts) if "txt" in parts else None
+
+
+def spaced(total: int, limit: int) -> Sequence[int]:
+    """The numbers below `total`, or `limit` evenly spaced ones of them."""
+    return range(total) if total <= limit else [i * total // limit for i in range(limit)]
+
+
+def evenly(shards: ShardSet, limit: int) -> list[tuple[int, int]]:
+    """(shard, row) of all samples, or of `limit` evenly spaced ones."""
+    lines = spaced(len(shards), limit)
+    ends = np.cumsum(shards.counts)
+    found = np.searchsorted(ends, lines, side="right")
+    return [(int(s), int(line - ends[s] + shards.counts[s])) for s, line in zip(found, lines, strict=True)]

@@ -55,6 +55,30 @@ def decode(data: bytes, size: int, *, along: float | None = None, mirrored: bool
         raise ValueError(f"not a readable {', '.join(FORMATS)} image: {told}") from None
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an image as `decode` sees it, pixels, from its header.  Raises ValueError."""
+    try:
+        with quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = reversed(image.size) if _orientation(image) in SIDEWAYS else image.size
+            return height, width
+    except Exception as error:  # as in decode, which says it better
+        raise ValueError(f"not a readable image: {type(error).__name__}") from None
+
+
+def corner(
+    original: tuple[int, int], size: int, *, along: float | None = None, mirrored: bool = False
+) -> tuple[int, int]:
+    """(top, left) of the square that `decode` cuts, in pixels of the image scaled so that its short side is `size`.
+
+    `original`: its height and width as it was found.  A mirrored image is mirrored before it is cut.
+    """
+    height, width = original
+    top, left = _place(height, width, along)
+    if mirrored:
+        left = width - min(height, width) - left
+    return round(top * size / min(original)), round(left * size / min(original))
+
+
 @contextmanager
 def quiet() -> Generator[None]:
     """Pillow's remarks on odd metadata are not shown, and a picture of too many pixels is an error.
@@ -96,9 +120,7 @@ def _square(image: Image.Image, size: int, along: float | None) -> Image.Image:
     orientation = _orientation(image)
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size  # upright
     side = min(width, height)
-    spare = max(width, height) - side
-    start = spare // 2 if along is None else int(along * (spare + 1))
-    left, top = (start, 0) if width > height else (0, start)
+    top, left = _place(height, width, along)
 
     divisor = _shrink(image, size)
     upright = _rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image)
@@ -108,6 +130,13 @@ def _square(image: Image.Image, size: int, along: float | None) -> Image.Image:
     # Cut while scaling: the whole of a long strip, scaled up, would not fit in memory.
     box = (x, y, x + side / divisor, y + side / divisor)
     return upright.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _place(height: int, width: int, along: float | None) -> tuple[int, int]:
+    """Top and left of the square, in pixels of the whole image."""
+    spare = abs(width - height)
+    start = spare // 2 if along is None else int(along * (spare + 1))
+    return (0, start) if width > height else (start, 0)
 
 
 def _orientation(image: Image.Image) -> int:

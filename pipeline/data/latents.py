@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from pipeline.errors import UsageError
 PART = "moments.npy"  # WebDataset part name: fp16 [2C,h,w], mean over logvar, of the first view
 VIEW_PART = re.compile(r"moments(\.crop[1-9]\d*)?(\.flip)?\.npy")  # see view_part
 TEXT_PART = "text.npy"  # fp16 [L,D], the caption's embedding
+POOLED_PART = "text_pooled.npy"  # fp16 [P], what the second of two text encoders pools of it
+SIZE_PART = "size.json"  # {"height", "width"} of the image as it was found, pixels
 DESCRIPTION = "dataset.json"
 FORMAT = 1
 HEADER_BYTES = struct.Struct("<H")  # of an .npy 1.0, at its ninth byte: the length of the rest of its header
@@ -42,13 +45,28 @@ def moments_from_bytes(data: bytes) -> NDArray[np.float16]:
 
 
 def text_to_bytes(embedding: NDArray[Any]) -> bytes:
-    """[L,D] → the bytes of an fp16 .npy.  Raises ValueError where a value is not finite in fp16."""
+    """[L,D] or [P] → the bytes of an fp16 .npy.  Raises ValueError where a value is not finite in fp16."""
     return _half_to_bytes(embedding, "the caption's embedding is")
 
 
-def text_from_bytes(data: bytes) -> NDArray[np.float16]:
-    """The bytes of an fp16 .npy → [L,D], a view of them.  Raises ValueError; runs no pickle."""
-    return _half_from_bytes(data, "[L,D]", "the caption's embedding is")
+def text_from_bytes(data: bytes, wanted: str = "[L,D]") -> NDArray[np.float16]:
+    """The bytes of an fp16 .npy → [L,D] (or `wanted`), a view of them.  Raises ValueError; runs no pickle."""
+    return _half_from_bytes(data, wanted, "the caption's embedding is")
+
+
+def text_parts(num_tokens: int, width: int, pooled_width: int | None) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, part, shape) of what is written of a caption's embedding: `tokens` and, of two encoders, `pooled`."""
+    pooled = [] if pooled_width is None else [("pooled", POOLED_PART, (pooled_width,))]
+    return [("tokens", TEXT_PART, (num_tokens, width)), *pooled]
+
+
+def image_size_of(parts: Mapping[str, bytes]) -> tuple[int, int]:
+    """(height, width) of the image that a latent is of, pixels.  Raises ValueError."""
+    try:
+        said = json.loads(parts[SIZE_PART])
+        return int(said["height"]), int(said["width"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"no {SIZE_PART} with height and width") from None
 
 
 def _half_to_bytes(array: NDArray[Any], what: str) -> bytes:
@@ -127,6 +145,7 @@ class Origin:
     batch_images: int  # the last digits of a moment depend on how many images the VAE saw at once
     source_fingerprint: str
     text_encoder_sha256: str | None = None  # null: no embeddings of captions
+    image_sizes: bool = False  # whether the size of each image was noted
 
 
 def describe(location: str | Path, remote: RemoteConfig | None = None) -> dict[str, Any]:
@@ -147,12 +166,15 @@ def open_latents(
     crop: str,
     flip: bool,
     encode_crops: int,
+    text_encoder_sha256: str | None = None,
+    image_sizes: bool = False,
     remote: RemoteConfig | None = None,
 ) -> dict[str, Any]:
     """A latent set's `dataset.json`, once it is found complete, made by this VAE, at this size and in these views.
 
     `location`: a folder or a URL; `crop`, `flip`, `encode_crops`: as DataConfig says; a held-out set has one centre
-    view.  Raises UsageError.
+    view.  `text_encoder_sha256`: whose embeddings of captions must lie beside the latents, None: anybody's or none;
+    `image_sizes`: whether the size of each image must.  Raises UsageError.
     """
     folder = str(location)
     if not is_url(folder) and not Path(folder).is_dir():
@@ -180,6 +202,18 @@ def open_latents(
             f"{folder}: these latents are of squares cut {origin['crop']!r}, {_mirrored(origin['flip'])}; data.crop, "
             f"data.encode_crops and data.flip ask for {wanted!r}, {_mirrored(flip)}; encode again into another folder, "
             "or set them as they were"
+        )
+    made_by = origin.get("text_encoder_sha256")
+    if text_encoder_sha256 is not None and made_by != text_encoder_sha256:
+        has = f"embeddings by the text encoder {made_by[:12]}" if made_by else "no embeddings of captions"
+        raise UsageError(
+            f"{folder}: has {has}, conditioning.text names the text encoder {text_encoder_sha256[:12]} and embeddings: "
+            "cached; encode again into another folder, or set embeddings: online"
+        )
+    if image_sizes and not origin.get("image_sizes"):
+        raise UsageError(
+            f"{folder}: was encoded without the images' sizes, which a model with two text encoders is told; encode "
+            "again with this config, into another folder"
         )
     if ShardSet(folder, open_shards=1, remote=remote).fingerprint != said["fingerprint"]:
         raise UsageError(f"{folder}: its shards are not those that encode wrote; restore them, or remove it and encode")

@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.class_conditional import time_ids
 from pipeline.conditioning import is_dropped
 from pipeline.data import draws, images, latents
 from pipeline.data.draws import Purpose
 from pipeline.diffusion.densities import stratified
 from pipeline.errors import UsageError
+from pipeline.text import Tokenizers
 
 Parts = dict[str, bytes]
 Piece = Callable[[int, Parts], dict[str, Any]]
@@ -93,22 +95,90 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
-class ClassCondition:
-    """`class_label` int64, and `dropped` bool: whether the null condition is seen instead."""
+class Dropout:
+    """`dropped` bool: whether the null condition is seen instead of all that the sample says."""
 
     seed: int
-    num_classes: int
-    dropout: float  # share of samples that lose their condition
+    rate: float  # share of samples that lose their condition
 
     def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del parts
+        u = draws.uniform(self.seed, Purpose.CONDITION_DROPOUT, position)
+        return {"dropped": np.bool_(is_dropped(u, self.rate))}
+
+
+@dataclass(frozen=True)
+class ClassLabel:
+    """`class_label` int64."""
+
+    num_classes: int
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del position
         label = class_label(parts)
         if label >= self.num_classes:
             raise UsageError(
                 f"class id {label} came, 0 to {self.num_classes - 1} was wanted "
                 f"(conditioning.num_classes={self.num_classes})"
             )
-        u = draws.uniform(self.seed, Purpose.CONDITION_DROPOUT, position)
-        return {"class_label": np.int64(label), "dropped": np.bool_(is_dropped(u, self.dropout))}
+        return {"class_label": np.int64(label)}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """`input_ids` int64 [K,L] of the caption, and `truncated` bool: whether it has more tokens than that."""
+
+    words: Tokenizers
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del position
+        text = [caption(parts)]
+        return {"input_ids": self.words.ids(text)[0].numpy(), "truncated": np.bool_(self.words.num_truncated(text))}
+
+
+@dataclass(frozen=True)
+class CaptionEmbedding:
+    """`tokens` fp16 [L,D] and `pooled` fp16 [P], as encode wrote them."""
+
+    shapes: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, part, shape): see latents.text_parts
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del position
+        found: dict[str, Any] = {}
+        for name, part, shape in self.shapes:
+            if part not in parts:
+                raise ValueError(f"no {part} among its parts {', '.join(sorted(parts))}")
+            found[name] = latents.text_from_bytes(parts[part], "[L,D]" if len(shape) == 2 else "[P]")
+            if found[name].shape != shape:
+                raise ValueError(f"{part} of shape {list(found[name].shape)} came, {list(shape)} was wanted")
+        return found
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`time_ids` float32 [6], pixels: what an SDXL network is told of the image's size and of where its square is cut.
+
+    It draws the square as `Pixels` and `Moments` do; the size is the image's own, or the one that encode noted.
+    """
+
+    seed: int
+    size: int
+    crop: Literal["centre", "random"] = "centre"
+    flip: bool = False
+    num_crops: int | None = None  # squares that encode cut; None: any, of the image itself
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        along = None
+        if self.crop == "random" and self.num_crops is None:
+            along = draws.uniform(self.seed, Purpose.CROP, position)
+        elif self.num_crops is not None and self.num_crops > 1:
+            u = draws.uniform(self.seed, Purpose.CROP, position)
+            along = latents.places(self.num_crops)[int(u * self.num_crops)]
+        mirrored = self.flip and draws.uniform(self.seed, Purpose.FLIP, position) < 0.5
+        original = images.upright_size(image_part(parts)) if self.num_crops is None else latents.image_size_of(parts)
+        corner = images.corner(original, self.size, along=along, mirrored=mirrored)
+        said = time_ids(original, corner, (self.size, self.size))
+        return {"time_ids": np.array(said, dtype=np.float32)}
 
 
 def image_part(parts: Parts) -> bytes:

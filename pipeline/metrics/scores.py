@@ -11,7 +11,7 @@ from pipeline.metrics.neighbours import near_copy_share
 
 
 def image_scores(
-    classifier: ImageClassifier,
+    classifier: ImageClassifier | None,
     train_images: Images,
     images: Images,
     labels: NDArray[np.integer] | None,
@@ -21,6 +21,7 @@ def image_scores(
 ) -> dict[str, float | int]:
     """Scores of `images` against the training images, on the features of a classifier fitted on those.
 
+    classifier: None where the training images have no labels; then only distances in pixels are given.
     All image arrays uint8 [·, H, W, 3] of one size. labels, integer [N]: the classes that were asked for, or
     None where none were. The images come interleaved by class, so that every prefix of them is balanced.
 
@@ -46,6 +47,14 @@ def image_scores(
         check_images(array, name)
         check_same_size(array, train_images, name)
     scores: dict[str, float | int] = {"num_images": len(images), "num_train_images": len(train_images)}
+    copies = near_copy_share(train_images, validation_images, images)
+    scores_of_copies: dict[str, float | int] = {
+        "near_copy_share": copies.share,
+        "near_copy_threshold_levels": copies.threshold_levels,
+        "nearest_train_median_levels": copies.median_samples_levels,
+    }
+    if classifier is None:
+        return scores | scores_of_copies
     if labels is not None:
         scores["class_accuracy"] = classifier.accuracy(images, labels)
 
@@ -70,9 +79,4 @@ def image_scores(
             "num_images_equal_n": num_equal,
         }
 
-    copies = near_copy_share(train_images, validation_images, images)
-    return scores | {
-        "near_copy_share": copies.share,
-        "near_copy_threshold_levels": copies.threshold_levels,
-        "nearest_train_median_levels": copies.median_samples_levels,
-    }
+    return scores | scores_of_copies

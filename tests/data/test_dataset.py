@@ -19,8 +19,9 @@ from pipeline.data.draws import Purpose
 from pipeline.data.index import ShardSet, build_index
 from pipeline.data.order import Order, rank_batches
 from pipeline.data.pieces import (
-    ClassCondition,
+    ClassLabel,
     Diffusion,
+    Dropout,
     Moments,
     Piece,
     Pixels,
@@ -43,7 +44,8 @@ def latent_samples(folder: Path, **changes: Any) -> Samples:
         Moments(seed, shape),
         PosteriorNoise(seed, shape),
         Diffusion(seed, shape, wanted["global_batch"]),
-        ClassCondition(seed, 10, wanted["dropout"]),
+        ClassLabel(10),
+        Dropout(seed, wanted["dropout"]),
     )
     return samples_of(folder, pieces, wanted)
 
@@ -219,7 +221,7 @@ def test_dropout_has_its_rate(latent_set: Any) -> None:
     n, rate = 20_000, 0.1
     samples = latent_samples(latent_set.folder, dropout=rate)
     parts = parts_of(samples, 0)
-    _, _, diffusion, condition = samples.pieces
+    _, _, diffusion, _, condition = samples.pieces
     drawn = [diffusion(position, parts) | condition(position, parts) for position in range(n)]
     dropped = np.array([sample["dropped"] for sample in drawn])
     assert abs(dropped.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / n)
@@ -421,7 +423,7 @@ def test_class_label_without_a_bound() -> None:
 
 
 def test_read_images_reads_the_whole_set(image_set: Any) -> None:
-    pixels, labels, bad = read_images(image_set.folder, size=12, limit=100)
+    pixels, labels, _, bad = read_images(image_set.folder, size=12, limit=100)
     assert bad == []
     assert pixels.dtype == np.uint8 and labels.dtype == np.int64
     assert np.array_equal(pixels, np.stack([array for of_shard in image_set.pixels for array in of_shard]))
@@ -430,14 +432,14 @@ def test_read_images_reads_the_whole_set(image_set: Any) -> None:
 
 @pytest.mark.parametrize(("limit", "wanted"), [(9, range(9)), (3, [0, 3, 6]), (4, [0, 2, 4, 6]), (1, [0])])
 def test_read_images_takes_evenly_spaced_samples(image_set: Any, limit: int, wanted: list[int]) -> None:
-    _, labels, _ = read_images(image_set.folder, size=12, limit=limit)
+    _, labels, _, _ = read_images(image_set.folder, size=12, limit=limit)
     assert labels.tolist() == list(wanted)
 
 
 def test_read_images_leaves_out_what_it_can_not_read(one_shard: Callable[..., Path]) -> None:
     good = {"png": images.encode_png(np.zeros((8, 8, 3), np.uint8)), "cls": b"1"}
     folder = one_shard(good, {"cls": b"1"}, {"png": good["png"], "cls": b"one"}, good)
-    pixels, labels, bad = read_images(folder, size=8, limit=9)
+    pixels, labels, _, bad = read_images(folder, size=8, limit=9)
     assert len(pixels) == 2 and labels.tolist() == [1, 1]
     assert [(b.position, b.key) for b in bad] == [(1, "k1"), (2, "k2")]
     assert bad[0].shard == str(folder / "000.tar") and bad[0].reason == "no image among its parts cls"

@@ -56,7 +56,7 @@ def test_digits_keep_the_share_of_every_class(digit_sets: Path) -> None:
     whole = Counter(load_digits().target.tolist())
     for name, share in (("train", 1437 / 1797), ("validation", 360 / 1797)):
         counts = files.read_json(digit_sets / name / "dataset.json")["label_counts"]
-        _, labels, _ = read_images(digit_sets / name, size=8, limit=2000)
+        _, labels, _, _ = read_images(digit_sets / name, size=8, limit=2000)
         assert counts == {str(label): count for label, count in sorted(Counter(labels.tolist()).items())}
         assert all(abs(counts[str(label)] - whole[label] * share) <= 1 for label in range(10))
 
@@ -75,8 +75,8 @@ def test_every_digit_is_in_one_of_the_sets_once(digit_sets: Path) -> None:
 
 
 def test_digits_are_scaled(tmp_path: Path, digit_sets: Path) -> None:
-    large, labels, _ = read_images(digits(tmp_path, size=16) / "validation", size=16, limit=360)
-    small, labels_of_small, _ = read_images(digit_sets / "validation", size=8, limit=360)
+    large, labels, _, _ = read_images(digits(tmp_path, size=16) / "validation", size=16, limit=360)
+    small, labels_of_small, _, _ = read_images(digit_sets / "validation", size=8, limit=360)
     scaled = [Image.fromarray(x).resize((16, 16), Image.Resampling.BICUBIC) for x in small]
     assert np.array_equal(large, np.stack([np.asarray(image) for image in scaled]))
     assert np.array_equal(labels, labels_of_small)
@@ -181,7 +181,7 @@ def test_classes_are_numbered_by_name(tmp_path: Path, pictures: Path) -> None:
     out = folder_set(pictures, tmp_path / "out")
     seen: Counter[int] = Counter()
     for name, count in (("train", 12), ("validation", 3)):
-        x, labels, _ = read_images(out / name, size=8, limit=100)
+        x, labels, _, _ = read_images(out / name, size=8, limit=100)
         assert len(labels) == count
         for image, label in zip(x, labels.tolist(), strict=True):
             assert abs(int(image.mean()) - (12, 102, 203)[label]) <= 5

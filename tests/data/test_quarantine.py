@@ -14,7 +14,7 @@ from pipeline.data import draws, images, latents
 from pipeline.data.dataset import Samples, load_batches
 from pipeline.data.draws import Purpose
 from pipeline.data.index import ShardSet, build_index
-from pipeline.data.pieces import ClassCondition, Diffusion, Moments, Pixels, PosteriorNoise
+from pipeline.data.pieces import ClassLabel, Diffusion, Moments, Pixels, PosteriorNoise
 from pipeline.data.quarantine import BadSample, Count, Quarantine
 from pipeline.errors import UsageError
 
@@ -58,7 +58,7 @@ def write_set(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., P
 
 
 def samples_of(folder: Path, lanes: int = 2) -> Samples:
-    pieces = (Moments(SEED, SHAPE), PosteriorNoise(SEED, SHAPE), Diffusion(SEED, SHAPE, 4), ClassCondition(SEED, 10, 0))
+    pieces = (Moments(SEED, SHAPE), PosteriorNoise(SEED, SHAPE), Diffusion(SEED, SHAPE, 4), ClassLabel(10))
     return Samples([ShardSet(folder, open_shards=lanes)], pieces, seed=SEED, lanes=lanes, block=4)
 
 

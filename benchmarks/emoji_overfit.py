@@ -1,0 +1,150 @@
+"""A text model that learns 64 emoji by heart: does the picture drawn for a caption show what the caption names?
+
+    python benchmarks/emoji_overfit.py [--folder FOLDER] [--seed N] [--sheet FILE.png]
+
+The verbs themselves, with configs/emoji_text.yaml: the autoencoder learns all 1,280 training emoji, the text model
+(U-Net, text encoder, tokenizer, all from scratch) a seeded 64 of them.  For each of the 64 captions one picture is
+drawn from the export, a stock StableDiffusionPipeline; of all 1,280 training images the nearest to it in pixels should
+be the one that the caption names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from pipeline.config_file import load_config
+from pipeline.data import draws
+from pipeline.data.dataset import read_images
+from pipeline.data.draws import Purpose
+from pipeline.data.images import to_unit
+from pipeline.data.index import ShardSet, build_index
+from pipeline.metrics.neighbours import nearest
+from pipeline.sampler import Asked, draw, open_export
+from vae.metrics import psnr, reconstruct
+from vae.model import load
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "emoji_text.yaml"
+CHOSEN = 64
+
+
+def figure(name: str, value: float, bound: str | None, unit: str) -> None:
+    """Print a figure and whether its bound, such as "<= 8", holds; a figure without one only tells."""
+    holds = None
+    if bound is not None:
+        relation, limit = bound.split()
+        holds = value <= float(limit) if relation == "<=" else value >= float(limit)
+    line = {"figure": name, "value": round(value, 4), "bound": bound, "holds": holds, "unit": unit}
+    print(json.dumps(line), flush=True)
+
+
+def run(folder: Path, *words: str) -> float:
+    """Run a verb on one thread; the CPU minutes it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline", *words]
+    with (folder / f"{words[0]}.log").open("w") as log:
+        done = subprocess.run(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise SystemExit((folder / f"{words[0]}.log").read_text()[-4000:])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+
+
+def choose(source: Path, out: Path, seed: int) -> list[int]:
+    """Write a seeded 64 of a set's samples as a set of its own; their numbers in the whole one."""
+    shards = ShardSet(source, open_shards=1)
+    places = [(shard, row) for shard, count in enumerate(shards.counts) for row in range(count)]
+    numbers = sorted(draws.permutation(len(places), seed, Purpose.SHARD_ORDER, 0)[:CHOSEN].tolist())
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "000000.tar").open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+        for number in numbers:
+            key, parts = shards.read(*places[number])
+            writer.write({"__key__": key, **parts})
+    build_index(out)
+    return numbers
+
+
+def sheet(path: Path, real: Any, drawn: Any) -> None:
+    """Pairs of the real emoji and the drawn one, eight in a row."""
+    pairs = np.concatenate([real, drawn], axis=2)  # [64,H,2W,3]
+    padded = np.pad(pairs, ((0, 0), (4, 4), (4, 4), (0, 0)), constant_values=255)
+    rows = [np.concatenate(list(padded[i : i + 8]), axis=1) for i in range(0, CHOSEN, 8)]
+    grid = Image.fromarray(np.concatenate(rows))
+    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST).save(path)
+
+
+def main() -> None:
+    """The road, then the count."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made.add_argument("--folder", type=Path, help="where to work, and to go on (default: a temporary one)")
+    made.add_argument("--seed", type=int, default=0, help="of the choice and of the training")
+    made.add_argument("--sheet", type=Path, help="write the pictures beside the real ones there")
+    args = made.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        measure(folder, args.seed, args.sheet)
+
+
+def measure(folder: Path, seed: int, picture: Path | None) -> None:
+    """Print the figures."""
+    run(folder, "prepare", "emoji", "data/emoji", "--validation", "0.089")
+    of_vae = run(folder, "train-vae", str(CONFIG), f"seed={seed}")
+    numbers = choose(folder / "data/emoji/train", folder / "data/chosen", seed)
+    words = [f"seed={seed}", "data.train_images=data/chosen", "data.train_latents=data/chosen_latents"]
+    run(folder, "encode", str(CONFIG), *words)
+    of_text = run(folder, "train", str(CONFIG), *words)
+    run(folder, "export", str(CONFIG), *words)
+
+    torch.set_num_threads(1)
+    config = load_config(CONFIG)
+    everything = read_images(folder / "data/emoji/train", size=config.data.image_size, limit=100_000)
+    x = torch.from_numpy(to_unit(everything.pixels))
+    vae = load(folder / "runs/emoji_vae/autoencoder")
+    values = torch.cat([psnr(reconstruct(vae, part), part) for part in x.split(128)])
+    assert everything.captions is not None
+    captions = [everything.captions[number] for number in numbers]
+    pipe = open_export(folder / "runs/emoji_text/export", "cpu")
+    drawn = draw(
+        pipe,
+        [Asked(prompt=caption) for caption in captions],
+        range(CHOSEN),
+        seed=seed,
+        guidance_scale=config.evaluation.guidance_scales[-1],
+        num_inference_steps=config.evaluation.num_inference_steps,
+        batch_images=CHOSEN,
+    )
+    found, _ = nearest(everything.pixels, drawn, 1)
+    hits = found[:, 0] == np.array(numbers)
+    for missed in np.flatnonzero(~hits):
+        print(f"{captions[missed]}: nearest is {everything.captions[found[missed, 0]]}", file=sys.stderr)
+    figure(
+        "emoji: pictures whose nearest of all training images is the one that the caption names",
+        hits.sum(),
+        ">= 56",
+        f"of {CHOSEN}",
+    )
+    figure("emoji: training images to choose from", len(everything.pixels), None, "images")
+    figure("emoji: autoencoder, training images", float(values.mean()), ">= 30", "dB PSNR")
+    figure("emoji: training the text model", of_text, "<= 20", "CPU minutes")
+    figure("emoji: training the autoencoder", of_vae, None, "CPU minutes")
+    if picture:
+        sheet(picture, everything.pixels[numbers], drawn)
+
+
+if __name__ == "__main__":
+    main()
