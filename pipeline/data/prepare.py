@@ -113,9 +113,10 @@ def write_sets(
     ]
     for folder, of_folder in zip(folders, sizes, strict=True):
         _refuse_strays(folder, of_folder)
-    encode = partial(_encode, source.draw, image_format)
-    for folder, rows, of_folder, is_there in zip(folders, split, sizes, complete, strict=True):
+    draws = (source.draw, source.draw_held_out or source.draw)
+    for folder, rows, of_folder, is_there, draw in zip(folders, split, sizes, complete, draws, strict=True):
         if not is_there:
+            encode = partial(_encode, draw, image_format)
             items = [source.items[int(row)] for row in rows]
             write_set(folder, items, encode, sizes=of_folder, made_by=made_by, workers=workers)
 

@@ -26,6 +26,10 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 LEFT_BY_SYSTEMS = frozenset({"Thumbs.db", "desktop.ini"})
 SUFFIXES = frozenset(f".{part}" for part in images.PARTS)
 WORDINGS = ("a handwritten digit {}", "the digit {}, written by hand", "a handwritten {}", "a scan of the digit {}")
+HELD_OUT_WORDINGS = (  # of held-out images: what no training image's caption says in these words
+    *("the handwritten digit {}", "a scan of a handwritten {}", "the digit {}", "a digit {}, written by hand"),
+    *("a handwritten scan of {}", "a {} written by hand", "{}", "the scan of a digit, {}"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,39 @@ class Source:
     draw: Callable[[Any], Picture]  # one item → its picture; raises UsageError naming what can't be read
     made_by: dict[str, Any]  # what the pictures are a function of
     classes: NDArray[np.int64] | None = None  # by item: the split keeps their shares
+    draw_held_out: Callable[[Any], Picture] | None = None  # where held-out items are drawn in another way
     num_shards: tuple[int, int] | None = None  # of train and validation, of uneven size; None: 1,000 images a shard
 
 
 def digits(size: int) -> Source:
     """scikit-learn's digits (Alpaydin & Kaynak 1998): 1,797 grey images of 8×8, scaled to `size` pixels (bicubic).
 
-    The split keeps the share of every class: a split by order would put other writers into the validation set.
+    The split keeps the share of every class: a split by order would put other writers into the validation set.  The
+    held-out images' captions are worded as no training image's is.
     """
     loaded: Any = load_digits()
     items = [(image, int(label), row) for row, (image, label) in enumerate(zip(*_arrays(loaded), strict=True))]
     made_by = {"prepare": "digits", "size": size}
-    return Source("digits", items, partial(_draw_digit, size), made_by, classes=loaded.target, num_shards=(7, 3))
+    return Source(
+        "digits",
+        items,
+        partial(_draw_digit, size, WORDINGS),
+        made_by,
+        classes=loaded.target,
+        draw_held_out=partial(_draw_digit, size, HELD_OUT_WORDINGS),
+        num_shards=(7, 3),
+    )
 
 
 def _arrays(loaded: Any) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     return loaded.images, loaded.target
 
 
-def _draw_digit(size: int, item: tuple[NDArray[np.float64], int, int]) -> Picture:
+def _draw_digit(size: int, wordings: Sequence[str], item: tuple[NDArray[np.float64], int, int]) -> Picture:
     image, label, row = item  # 8×8 in 0..16
     grey = Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8))
     scaled = np.asarray(grey.resize((size, size), Image.Resampling.BICUBIC))
-    return Picture(scaled, label, WORDINGS[row % len(WORDINGS)].format(DIGIT_NAMES[label]))
+    return Picture(scaled, label, wordings[row % len(wordings)].format(DIGIT_NAMES[label]))
 
 
 def folder(source: Path, size: int) -> tuple[Source, str]:

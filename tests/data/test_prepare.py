@@ -15,7 +15,7 @@ from pipeline.data import images
 from pipeline.data.dataset import read_images
 from pipeline.data.index import ShardSet
 from pipeline.data.prepare import prepare_digits, prepare_folder, uneven_sizes
-from pipeline.data.sources import DIGIT_NAMES, WORDINGS
+from pipeline.data.sources import DIGIT_NAMES, HELD_OUT_WORDINGS, WORDINGS
 from pipeline.errors import UsageError
 
 ARGUMENTS: dict[str, Any] = {"size": 8, "seed": 0, "validation_share": 0.2}
@@ -83,9 +83,11 @@ def test_digits_are_scaled(tmp_path: Path, digit_sets: Path) -> None:
 
 
 def test_captions_name_the_digit(digit_sets: Path) -> None:
-    found = captions_and_labels(digit_sets / "validation")
-    assert all(caption in {wording.format(DIGIT_NAMES[label]) for wording in WORDINGS} for caption, label in found)
-    assert {caption for caption, label in found if label == 3} == {wording.format("three") for wording in WORDINGS}
+    for part, wordings in (("train", WORDINGS), ("validation", HELD_OUT_WORDINGS)):
+        found = captions_and_labels(digit_sets / part)
+        assert all(caption in {wording.format(DIGIT_NAMES[label]) for wording in wordings} for caption, label in found)
+        assert {caption for caption, label in found if label == 3} == {wording.format("three") for wording in wordings}
+    assert not set(WORDINGS) & set(HELD_OUT_WORDINGS)
 
 
 def test_same_arguments_same_bytes(tmp_path: Path, digit_sets: Path) -> None:
