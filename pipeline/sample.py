@@ -1,4 +1,13 @@
-"""Draw a labelled grid of images from RUN/export, as any diffusers user would load it."""
+"""Draw images of classes, prompts or both from RUN/export: one labelled grid, or thousands of single files.
+
+What is drawn: --classes, --prompts, or a file of them, --from FILE:
+  .txt    a class (name or id) on each line; for models that read captions a prompt
+  .jsonl  objects {"class", "prompt", "seed", "guidance", "negative_class", "negative_prompt"}, what is wanted of them
+  .csv    with a header of these names; an empty cell says nothing
+--files FOLDER writes a PNG for each image, which says how it was drawn, and samples.jsonl.  The work is shared out over
+the ranks (accelerate launch pipeline/sample.py CONFIG.yaml ...); for any number of them the files are the same.
+A killed sample goes on where it was when the same command is run again.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +18,176 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from pipeline import files, program, sampler
+from pipeline import asking, files, image_files, program, sampler
+from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
+from pipeline.drawing import draw_missing
 from pipeline.engine import Engine
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, blame
+from pipeline.export import PASSPORT
+from pipeline.image_files import Row
 from pipeline.metrics.pictures import labelled_grid
-from pipeline.sampler import Asked
+from vae.model import state_sha256
+
+GRID_COUNT, FILES_COUNT = 10, 1  # images of each, where --count doesn't say
+LABEL_LETTERS = 40  # of a grid's row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("sample", __doc__ or "")
-    made.add_argument("--classes", help="names or ids, with commas between (default: the first ten)")
-    made.add_argument("--columns", type=int, default=10, help="images of each class (default 10)")
+    made.add_argument("--classes", metavar="A,B", help="names or ids, with commas between (default: the first ten)")
+    made.add_argument("--prompts", nargs="+", metavar="TEXT", help="for models that read captions; after overrides")
+    made.add_argument("--from", dest="path", type=Path, metavar="FILE", help="a list of what to draw, instead of these")
+    made.add_argument("--count", type=int, metavar="N", help="images of each (default: 10 in a grid, 1 with --files)")
+    made.add_argument("--columns", type=int, metavar="N", help="the same, where they are the columns of a grid")
     made.add_argument("--guidance", type=float, help="w in u + w (c - u) (default: the config's last scale)")
-    made.add_argument("--seed", type=int, help="of the noise (default: the config's)")
+    made.add_argument("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default 0)")
+    made.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("START", "END"),
+        help="shares of the steps, from pure noise, that are guided (default 0 1)",
+    )
+    made.add_argument("--steps", type=int, help="of the scheduler (default: evaluation.num_inference_steps)")
+    made.add_argument("--scheduler", metavar="NAME", help="one of diffusers', such as EulerDiscreteScheduler")
+    made.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 ancestral, where the scheduler has it")
+    made.add_argument("--seed", type=int, help="of all noise (default: the config's)")
+    made.add_argument("--export", type=Path, metavar="FOLDER", help="what to draw from (default RUN/export)")
     made.add_argument("--out", type=Path, help="the picture (default RUN/samples/grid.png)")
+    made.add_argument("--files", type=Path, metavar="FOLDER", help="single PNG files here instead of one picture")
     return program.run_config(made, argv, sample, None)
 
 
 def sample(config: Config, args: argparse.Namespace) -> None:
-    """export → images → one picture."""
-    pipe = sampler.open_export(Path(config.run_dir) / "export", Engine(config.engine).device)
-    names = config.conditioning.class_names or tuple(str(i) for i in range(config.conditioning.num_classes))
-    asked: list[str | int] = list(range(min(10, len(names))))
-    if args.classes:
-        words = [word.strip() for word in args.classes.split(",")]
-        asked = [int(word) if word.isdigit() else word for word in words]
-    if args.columns < 1:
-        raise UsageError(f"--columns: {args.columns} came, 1 or more was wanted")
-    try:
-        ids = pipe.label_ids(asked)
-    except ValueError as error:
-        raise UsageError(f"--classes: {error}") from None
-    labels = [label for label in ids for _ in range(args.columns)]
-    with tqdm(total=len(labels), desc="sample", unit=" images", dynamic_ncols=True) as bar:
-        pixels = sampler.draw(
-            pipe,
-            [Asked(label) for label in labels],
-            range(len(labels)),
-            seed=config.seed if args.seed is None else args.seed,
-            guidance_scale=config.evaluation.guidance_scales[-1] if args.guidance is None else args.guidance,
-            num_inference_steps=config.evaluation.num_inference_steps,
-            batch_images=config.evaluation.batch_images,
-            bar=bar,
+    """What is asked → export → this rank's share of the images, as files → one picture of them, or their list."""
+    count = checked_count(args)
+    engine = Engine(config.engine)
+    export: Path = args.export or Path(config.run_dir) / "export"
+    pipe = sampler.open_export(export, engine.device)
+    how = how_drawn(config, args, pipe)
+    lines = asking.wanted_lines(pipe, args.classes, args.prompts, args.path)
+    with blame("--guidance"):
+        guidance = asking.guidance_scale(
+            config.evaluation.guidance_scales[-1] if args.guidance is None else args.guidance
         )
-    rows = [(names[c], list(pixels[i * args.columns : (i + 1) * args.columns])) for i, c in enumerate(ids)]
+    with blame("--seed"):
+        seed = asking.whole_number(config.seed if args.seed is None else args.seed)
+    images = asking.images_of(lines, count, seed=seed, guidance=guidance)
+    rows = image_files.rows_of(images, pipe.config["class_names"], said_of_all(how, pipe, export))
+
     out: Path = args.out or Path(config.run_dir) / "samples" / "grid.png"
-    with files.whole(out) as aside:
-        labelled_grid(rows, scale=2).save(aside, format="PNG")
-    program.say(f"the picture is {out}")
+    folder: Path = args.files or out.with_name(f".{out.name}.images")  # a grid is put together from files too
+    with blame("--files" if args.files else "--out"):
+        engine.main_does(lambda: claim(folder, rows, anew=not args.files))
+    draw_missing(engine, pipe, asking.batches(images, config.evaluation.batch_images), rows, folder=folder, how=how)
+
+    def finish() -> None:
+        names = image_files.file_names(rows)
+        if args.files:
+            image_files.write_list(folder, rows, names)
+            program.say(f"{len(rows)} images are in {folder}, listed in {folder / image_files.LISTED}")
+            return
+        write_grid(out, rows, [folder / name for name in names], count)
+        shutil.rmtree(folder)
+        program.say(f"the picture is {out}")
+
+    with blame("--files" if args.files else "--out"):
+        engine.main_does(finish)
+
+
+def checked_count(args: argparse.Namespace) -> int:
+    """Images of each line.  Raises UsageError."""
+    if args.files is not None and args.out is not None:
+        raise UsageError("--files and --out came; one of them was wanted: single files, or one picture")
+    if args.files is not None and args.columns is not None:
+        raise UsageError("--files and --columns came; --count was wanted: only a grid has columns")
+    if args.count is not None and args.columns is not None:
+        raise UsageError("--count and --columns came; one of them was wanted: both are the images of each")
+    for option, given in (("--count", args.count), ("--columns", args.columns)):
+        if given is not None:
+            if given < 1:
+                raise UsageError(f"{option}: {given} came, 1 or more was wanted")
+            return given
+    return GRID_COUNT if args.files is None else FILES_COUNT
+
+
+def how_drawn(config: Config, args: argparse.Namespace, pipe: ClassConditionalPipeline) -> dict[str, Any]:
+    """The arguments of the pipeline that are one for all images; it gets its scheduler.  Raises UsageError."""
+    if args.scheduler is not None:
+        pipe.scheduler = asking.scheduler_like(pipe, args.scheduler)
+    start, end = args.guidance_interval
+    steps = config.evaluation.num_inference_steps if args.steps is None else args.steps
+    for option, came, fits, wanted in (
+        ("--steps", steps, steps >= 1, "1 or more"),
+        ("--guidance-rescale", args.guidance_rescale, 0 <= args.guidance_rescale <= 1, "0 to 1"),
+        ("--guidance-interval", f"{start:g} {end:g}", 0 <= start <= end <= 1, "0 <= START <= END <= 1"),
+        ("--eta", args.eta, 0 <= args.eta <= 1, "0 to 1"),
+    ):
+        if not fits:
+            raise UsageError(f"{option}: {came} came, {wanted} was wanted")
+    if args.eta and not asking.takes_eta(pipe.scheduler):
+        raise UsageError(f"--eta: {args.eta} came; {type(pipe.scheduler).__name__} has none, DDIMScheduler has")
+    return {
+        "num_inference_steps": steps,
+        "guidance_rescale": args.guidance_rescale,
+        "guidance_interval": (start, end),
+        "eta": args.eta,
+    }
+
+
+def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Path) -> Row:
+    """What every image says alike of how it was drawn: settings, scheduler, the export's passport, our version."""
+    if (export / PASSPORT).exists():
+        passport = files.read_json(export / PASSPORT)
+    else:  # somebody else's: known by its weights
+        passport = {"unet_sha256": state_sha256(pipe.unet.state_dict())}
+    return {
+        "guidance_rescale": how["guidance_rescale"],
+        "guidance_interval": list(how["guidance_interval"]),
+        "steps": how["num_inference_steps"],
+        "scheduler": type(pipe.scheduler).__name__,
+        "eta": how["eta"],
+        "export": passport,
+        "version": image_files.project_version(),
+    }
+
+
+def claim(folder: Path, rows: Sequence[Row], *, anew: bool) -> None:
+    """Make the folder one for these images; where it has others, remove them (`anew`) or raise UsageError."""
+    try:
+        image_files.claim(folder, rows)
+    except UsageError:
+        if not anew:
+            raise
+        shutil.rmtree(folder)
+        image_files.claim(folder, rows)
+
+
+def write_grid(out: Path, rows: Sequence[Row], paths: Sequence[Path], columns: int) -> None:
+    """One picture of all images, a row for each line; it says how they were drawn."""
+    lines = [
+        (
+            label_of(rows[first]),
+            [image_files.read_png(path) for path in paths[first : first + columns]],
+        )
+        for first in range(0, len(rows), columns)
+    ]
+    image_files.write_png(out, labelled_grid(lines, scale=2), {"columns": columns, **image_files.together(rows)})
+
+
+def label_of(row: Row) -> str:
+    """Of a grid's row: the class, the prompt, or both."""
+    said = ": ".join(str(row[key]) for key in ("class", "prompt") if row[key] is not None)
+    return textwrap.shorten(said, LABEL_LETTERS, placeholder=" ...")
 
 
 if __name__ == "__main__":

@@ -154,16 +154,18 @@ def draw(
     seeds = sample_seeds(seed, indices)
     for first in range(0, len(asked), batch_images):
         part = slice(first, first + batch_images)
-        x = pipe(
-            **told_of(pipe, asked[part]),
-            seeds=seeds[part],
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            output_type="pt",
-        )
-        pixels = x.images if not isinstance(x, tuple) else x[0]
-        assert isinstance(pixels, torch.Tensor)
-        images.append(to_pixels(pixels.cpu() * 2 - 1))
+        how = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        images.append(draw_batch(pipe, asked[part], seeds[part], **how))
         if bar is not None:
-            bar.update(len(pixels))
+            bar.update(len(images[-1]))
     return np.concatenate(images)
+
+
+def draw_batch(
+    pipe: ClassConditionalPipeline, asked: Sequence[Asked], seeds: Sequence[int], **how: Any
+) -> NDArray[np.uint8]:
+    """uint8 [B,H,W,3] in one call of the pipeline; `how`: its other arguments.  Raises ValueError as it does."""
+    x = pipe(**told_of(pipe, asked), seeds=seeds, output_type="pt", **how)
+    pixels = x.images if not isinstance(x, tuple) else x[0]
+    assert isinstance(pixels, torch.Tensor)
+    return to_pixels(pixels.cpu() * 2 - 1)

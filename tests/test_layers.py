@@ -49,6 +49,7 @@ LAYERS = {
         pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
         pipeline.training pipeline.sampler pipeline.bounds pipeline.model_card
+        pipeline.asking pipeline.image_files pipeline.drawing
         pipeline.locks pipeline.encoder pipeline.encoding
     """,
     "L3 programs": """
@@ -56,9 +57,9 @@ LAYERS = {
         pipeline.export pipeline.sample pipeline.evaluate pipeline.schema pipeline.__main__
     """,
 }
-# Programs don't call one another.  One exception: evaluate knows the export that it scores by the passport that export
-# wrote.
-ASKS = {"pipeline.evaluate": {"pipeline.export"}}
+# Programs don't call one another.  One exception: sample and evaluate know the export that they open by the passport
+# that export wrote.
+ASKS = {"pipeline.evaluate": {"pipeline.export"}, "pipeline.sample": {"pipeline.export"}}
 # These may import only what begins with one of the names given: they can be read, tested and copied alone.
 ALONE = {
     "pipeline.class_conditional": (),  # its file is copied into every export
