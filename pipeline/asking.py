@@ -72,6 +72,10 @@ def wanted_lines(
     ):
         if given is not None and not known:
             raise UsageError(f"{option} came; this model {instead}")
+    for option, given, known in (
+        ("--classes", classes, pipe.num_classes),
+        ("--prompts", prompts, len(pipe.text_encoders)),
+    ):
         if given is None and known:
             raise UsageError(f"no {option} came, which this model wants; or --from FILE")
     with blame("--classes"):
@@ -275,4 +279,4 @@ def _csv(path: Path) -> Iterator[tuple[int, Cells]]:
                     raise UsageError(f"{path}:{reader.line_num}: {wanted} fields were wanted, as in the first line")
                 yield reader.line_num, {str(key): value or None for key, value in cells.items()}
         except csv.Error as error:
-            raise UsageError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+            raise UsageError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from None

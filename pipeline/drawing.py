@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,15 +63,33 @@ def draw_missing(
     engine.wait()
 
 
+def try_out(pipe: ClassConditionalPipeline, image: Wanted, how: dict[str, Any]) -> None:
+    """Take the first step of an image.  Raises UsageError for what the pipeline refuses, such as a scheduler.
+
+    To be called on every rank before anything is written, so that all of them end alike.
+    """
+
+    def stop(*step: object) -> NoReturn:
+        raise EnoughError
+
+    try:
+        draw(pipe, [image], how | {"callback_on_step_end": stop})
+    except EnoughError:
+        return
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+class EnoughError(Exception):
+    """The first step has been taken."""
+
+
 def draw(pipe: ClassConditionalPipeline, batch: Batch, how: dict[str, Any]) -> NDArray[np.uint8]:
-    """uint8 [B,H,W,3].  Raises UsageError for what the pipeline refuses, such as a scheduler that doesn't fit."""
+    """uint8 [B,H,W,3]; the images of the batch have one Wanted.batch_key."""
     against: dict[str, Any] = {}
-    if batch[0].negative.label is not None:  # then all of the batch have one: Wanted.batch_key
+    if batch[0].negative.label is not None:  # then all of the batch have one
         against["negative_label"] = [image.negative.label for image in batch]
     if batch[0].negative.prompt is not None:
         against["negative_prompt"] = [image.negative.prompt for image in batch]
     asked, seeds = [image.asked for image in batch], [image.seed for image in batch]
-    try:
-        return sampler.draw_batch(pipe, asked, seeds, guidance_scale=batch[0].guidance, **against, **how)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    return sampler.draw_batch(pipe, asked, seeds, guidance_scale=batch[0].guidance, **against, **how)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,8 @@ def difference(before: Any, rows: Sequence[Row]) -> str:
     return "nothing that a row says"
 
 
-def write_list(folder: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
+def write_list(folder: Path, rows: Sequence[Row]) -> None:
     """samples.jsonl: the rows in order, each with the name of its file."""
-    files.write_text(folder / LISTED, "".join(_lines(rows, names)))
-
-
-def _lines(rows: Sequence[Row], names: Sequence[str]) -> Iterator[str]:
-    for row, name in zip(rows, names, strict=True):
-        yield json.dumps({"file_name": name, **row}, ensure_ascii=False, allow_nan=False) + "\n"
+    named = ({"file_name": name, **row} for name, row in zip(file_names(rows), rows, strict=True))
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in named)
+    files.write_text(folder / LISTED, "".join(lines))

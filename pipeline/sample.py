@@ -27,7 +27,7 @@ from typing import Any
 from pipeline import asking, files, image_files, program, sampler
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
-from pipeline.drawing import draw_missing
+from pipeline.drawing import draw_missing, try_out
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.export import PASSPORT
@@ -84,24 +84,14 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     images = asking.images_of(lines, count, seed=seed, guidance=guidance)
     rows = image_files.rows_of(images, pipe.config["class_names"], said_of_all(how, pipe, export))
 
+    try_out(pipe, images[0], how)
+
     out: Path = args.out or Path(config.run_dir) / "samples" / "grid.png"
     folder: Path = args.files or out.with_name(f".{out.name}.images")  # a grid is put together from files too
-    with blame("--files" if args.files else "--out"):
-        engine.main_does(lambda: claim(folder, rows, anew=not args.files))
-    draw_missing(engine, pipe, asking.batches(images, config.evaluation.batch_images), rows, folder=folder, how=how)
-
-    def finish() -> None:
-        names = image_files.file_names(rows)
-        if args.files:
-            image_files.write_list(folder, rows, names)
-            program.say(f"{len(rows)} images are in {folder}, listed in {folder / image_files.LISTED}")
-            return
-        write_grid(out, rows, [folder / name for name in names], count)
-        shutil.rmtree(folder)
-        program.say(f"the picture is {out}")
-
-    with blame("--files" if args.files else "--out"):
-        engine.main_does(finish)
+    engine.main_does(lambda: claim_folder(folder, rows) if args.files else claim_aside(folder, rows, out))
+    batches = asking.batches(images, config.evaluation.batch_images)
+    draw_missing(engine, pipe, batches, rows, folder=folder, how=how)
+    engine.main_does(lambda: list_files(folder, rows) if args.files else write_grid(out, folder, rows, count))
 
 
 def checked_count(args: argparse.Namespace) -> int:
@@ -161,27 +151,40 @@ def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Pat
     }
 
 
-def claim(folder: Path, rows: Sequence[Row], *, anew: bool) -> None:
-    """Make the folder one for these images; where it has others, remove them (`anew`) or raise UsageError."""
-    try:
-        image_files.claim(folder, rows)
-    except UsageError:
-        if not anew:
-            raise
-        shutil.rmtree(folder)
+def claim_folder(folder: Path, rows: Sequence[Row]) -> None:
+    """Make FOLDER one for these images.  Raises UsageError where it can't be, or has others."""
+    with blame("--files"):
         image_files.claim(folder, rows)
 
 
-def write_grid(out: Path, rows: Sequence[Row], paths: Sequence[Path], columns: int) -> None:
-    """One picture of all images, a row for each line; it says how they were drawn."""
+def claim_aside(folder: Path, rows: Sequence[Row], out: Path) -> None:
+    """The same for the folder beside a picture, which is the program's own: what another command left goes."""
+    with blame("--out"):
+        if out.is_dir():
+            raise UsageError(f"{out}: a folder came, the name of a picture was wanted")
+        try:
+            image_files.claim(folder, rows)
+        except UsageError:
+            shutil.rmtree(folder)
+            image_files.claim(folder, rows)
+
+
+def list_files(folder: Path, rows: Sequence[Row]) -> None:
+    """Write samples.jsonl."""
+    image_files.write_list(folder, rows)
+    program.say(f"{len(rows)} images are in {folder}, listed in {folder / image_files.LISTED}")
+
+
+def write_grid(out: Path, folder: Path, rows: Sequence[Row], columns: int) -> None:
+    """One picture of all images, a row for each line; it says how they were drawn.  The folder goes."""
+    paths = [folder / name for name in image_files.file_names(rows)]
     lines = [
-        (
-            label_of(rows[first]),
-            [image_files.read_png(path) for path in paths[first : first + columns]],
-        )
+        (label_of(rows[first]), [image_files.read_png(path) for path in paths[first : first + columns]])
         for first in range(0, len(rows), columns)
     ]
     image_files.write_png(out, labelled_grid(lines, scale=2), {"columns": columns, **image_files.together(rows)})
+    shutil.rmtree(folder)
+    program.say(f"the picture is {out}")
 
 
 def label_of(row: Row) -> str:

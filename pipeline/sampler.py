@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils.constants import HF_MODULES_CACHE
 from diffusers.utils.logging import disable_progress_bar
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,8 +26,11 @@ from pipeline.data.images import to_pixels
 from pipeline.data.index import ShardSet
 from pipeline.denoiser import scheduler_of
 from pipeline.errors import UsageError
+from pipeline.locks import Locks
 from pipeline.text import TextEncoders
 from vae.moments import LatentScale
+
+OPENING = Locks(Path(HF_MODULES_CACHE) / "opening.lock")
 
 
 class Asked(NamedTuple):
@@ -77,7 +81,6 @@ def rows_of(config: Config, limit: int) -> list[tuple[str, Asked]]:
         names = condition.class_names or [str(i) for i in range(condition.num_classes)]
         return [(names[label], Asked(label)) for label in range(min(limit, condition.num_classes))]
     shards = ShardSet(data.validation_images or data.train_images[0], open_shards=1, remote=data.remote)
-    found: dict[str, Asked] = {}
     shard = max(range(len(shards.counts)), key=shards.counts.__getitem__)
     places = [(shard, row) for row in spaced(shards.counts[shard], 8 * limit)]
     found = {text: Asked(label, text) for label, text in read_told(shards, places) if text is not None}
@@ -114,7 +117,7 @@ def open_folder(folder: Path) -> Any:
     """A diffusers pipeline, opened without progress bars."""
     disable_progress_bar()  # of loading a few small files
     logging.disable_progress_bar()
-    with quiet_imports():
+    with quiet_imports(), one_at_a_time(folder):
         pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -136,6 +139,17 @@ def quiet_imports() -> Generator[None]:
         yield
     finally:
         logging.set_verbosity(was)
+
+
+def one_at_a_time(folder: Path) -> AbstractContextManager[object]:
+    """For opening a folder that has code: diffusers copies it to a place that all processes share, and reads it there.
+
+    Without this a rank may read what another has only begun to write.
+    """
+    if not (folder / "pipeline.py").exists():
+        return nullcontext()
+    OPENING.path.parent.mkdir(parents=True, exist_ok=True)
+    return OPENING.alone(0, wait=True)
 
 
 def draw(

@@ -33,7 +33,7 @@ PURPOSES = {
     "train": "Train the latent diffusion model",
     "ema": "Average the weights over another length",
     "export": "into a diffusers folder",
-    "sample": "Draw a labelled grid of images",
+    "sample": "Draw images of classes, prompts or both",
     "evaluate": "Score RUN/export",
     "schema": "Print the JSON Schema",
 }

@@ -275,7 +275,7 @@ def test_only_what_is_lacking_is_drawn_again(here: World, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sample_goes_on(here: World, tmp_path: Path, kill: signal.Signals) -> None:
-    out, words = tmp_path / "files", ["--count", "20", "--steps", "20"]
+    out, words = tmp_path / "files", ["--count", "12", "--steps", "15"]
     (process,) = here.start("sample", *words, "--files", str(out))
     deadline = time.monotonic() + 60
     while len(list(out.glob("0*.png"))) < 6:
@@ -286,7 +286,7 @@ def test_a_killed_sample_goes_on(here: World, tmp_path: Path, kill: signal.Signa
     process.join(60)
     assert process.exitcode == (-signal.SIGKILL if kill == signal.SIGKILL else 1)
     times = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
-    assert 6 <= len(times) < 60 and not (out / "samples.jsonl").exists()
+    assert 6 <= len(times) < 36 and not (out / "samples.jsonl").exists()
     if kill == signal.SIGTERM:
         assert "run the same command again and it goes on" in here.said()
     ok(here, *words, "--files", out)
@@ -305,7 +305,7 @@ def refused(here: World, capsys: pytest.CaptureFixture[str], *words: str | Path)
     assert sample.main([str(here.config), *map(str, words)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    (line,) = [line for line in err.splitlines() if not line.startswith("\r") and line]
+    (line,) = [line for line in err.splitlines() if line]
     return line.removeprefix("error: ")
 
 
@@ -339,6 +339,7 @@ def refused(here: World, capsys: pytest.CaptureFixture[str], *words: str | Path)
         ("classes", ["--scheduler", "FlowMatchEulerDiscreteScheduler"], "scheduler: FlowMatchEulerDiscreteScheduler"),
         ("nowhere", [], "{root}/nowhere: no export here; run: python -m pipeline export"),
         ("classes", ["--files", "/dev/null"], "--files: [Errno 17] File exists: '/dev/null'"),
+        ("classes", ["--out", "/tmp"], "--out: /tmp: a folder came, the name of a picture was wanted"),
     ],
 )
 def test_what_cannot_be_asked_is_said_in_one_line(
@@ -352,7 +353,7 @@ def test_what_cannot_be_asked_is_said_in_one_line(
     ("name", "content", "told"),
     [
         ("a.txt", "", ": empty; a line for each class or prompt was wanted"),
-        ("a.txt", "cat\nmouse\n", ":2: class: class name 'mouse' came; known: cat, dog, House, Wooden"),
+        ("a.txt", "cat\nmouse\n", ":2: class name 'mouse' came; known: cat, dog, House, Wooden"),
         ("a.txt", b"cat\n\xff\n", ": not readable ('utf-8' codec can't decode"),
         ("a.json", "[]", ": .json came, .txt, .jsonl or .csv was wanted"),
         ("a.jsonl", '{"class": 1}\n{"class": 1,\n', ":2: not JSON: "),
@@ -397,7 +398,8 @@ def test_a_file_and_options_or_one_word_for_two_things_are_refused(
 
 def test_images_of_two_commands_never_mix(here: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "files"
-    refused(here, capsys, "--files", out, "--scheduler", "FlowMatchEulerDiscreteScheduler")  # leaves no image
+    refused(here, capsys, "--files", out, "--scheduler", "FlowMatchEulerDiscreteScheduler")
+    assert not out.exists()
     ok(here, "--files", out, "--guidance", "3")
     before = files_of(out)
     seeds = sampler.sample_seeds(3, [0]) + sampler.sample_seeds(4, [0])
