@@ -190,16 +190,20 @@ def scheduler_like(pipe: ClassConditionalPipeline, name: str) -> Any:
     Raises UsageError where there is none.  Whether it fits what the network says, the pipeline finds.
     """
     kind = getattr(diffusers.schedulers, name, None)
+    if lacking := getattr(kind, "_backends", None):  # diffusers' stand-in for what it can't import
+        raise UsageError(f"--scheduler: {name} came, which wants {', '.join(lacking)} installed")
     if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin) and hasattr(kind, "step")):
-        known = [known for known in dir(diffusers.schedulers) if known.endswith("Scheduler") and "Flax" not in known]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        others = [other for other in dir(diffusers.schedulers) if other.endswith("Scheduler") and other != name]
+        near = difflib.get_close_matches(name, others, n=1, cutoff=0.4)
         raise UsageError(
-            f"--scheduler: {name!r} came, the name of one of diffusers' schedulers was wanted"
+            f"--scheduler: {name!r} came, the name of one of diffusers' schedulers that steps was wanted"
             + (f"; did you mean {near[0]}?" if near else "")
         )
     made: Any = kind
-    with blame(f"--scheduler {name}"):
+    try:
         return made.from_config(pipe.scheduler.config)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--scheduler: {name} can't be made of the export's settings: {error}") from error
 
 
 def takes_eta(scheduler: Any) -> bool:

@@ -336,6 +336,8 @@ def refused(here: World, capsys: pytest.CaptureFixture[str], *words: str | Path)
         ("classes", ["--eta", "1", "--scheduler", "UniPCMultistepScheduler"], "--eta: 1.0 came; UniPCMultistepSched"),
         ("classes", ["--seed", "-1"], "--seed: -1 came, an integer from 0 to 2^63 - 1 was wanted"),
         ("classes", ["--scheduler", "Euler"], "--scheduler: 'Euler' came, the name of one of diffusers' schedulers"),
+        ("classes", ["--scheduler", "VQDiffusionScheduler"], "--scheduler: VQDiffusionScheduler can't be made of"),
+        ("classes", ["--scheduler", "ScoreSdeVeScheduler"], "--scheduler: 'ScoreSdeVeScheduler' came, the name of"),
         ("classes", ["--scheduler", "FlowMatchEulerDiscreteScheduler"], "scheduler: FlowMatchEulerDiscreteScheduler"),
         ("nowhere", [], "{root}/nowhere: no export here; run: python -m pipeline export"),
         ("classes", ["--files", "/dev/null"], "--files: [Errno 17] File exists: '/dev/null'"),
