@@ -275,10 +275,10 @@ def test_only_what_is_lacking_is_drawn_again(here: World, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sample_goes_on(here: World, tmp_path: Path, kill: signal.Signals) -> None:
-    out, words = tmp_path / "files", ["--count", "12", "--steps", "15"]
+    out, words = tmp_path / "files", ["--count", "8", "--steps", "30"]
     (process,) = here.start("sample", *words, "--files", str(out))
     deadline = time.monotonic() + 60
-    while len(list(out.glob("0*.png"))) < 6:
+    while len(list(out.glob("0*.png"))) < 2:
         assert process.is_alive() and time.monotonic() < deadline, here.said()
         time.sleep(0.005)
     assert process.pid is not None
@@ -286,14 +286,14 @@ def test_a_killed_sample_goes_on(here: World, tmp_path: Path, kill: signal.Signa
     process.join(60)
     assert process.exitcode == (-signal.SIGKILL if kill == signal.SIGKILL else 1)
     times = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
-    assert 6 <= len(times) < 36 and not (out / "samples.jsonl").exists()
+    assert 2 <= len(times) < 24 and not (out / "samples.jsonl").exists()
     if kill == signal.SIGTERM:
         assert "run the same command again and it goes on" in here.said()
+        return
     ok(here, *words, "--files", out)
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    if kill == signal.SIGKILL:
-        ok(here, *words, "--files", tmp_path / "whole")
-        assert files_of(out) == files_of(tmp_path / "whole")
+    ok(here, *words, "--files", tmp_path / "whole")
+    assert files_of(out) == files_of(tmp_path / "whole")
 
 
 # what is refused ----------------------------------------------------------------------------------
