@@ -275,7 +275,7 @@ def test_only_what_is_lacking_is_drawn_again(here: World, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sample_goes_on(here: World, tmp_path: Path, kill: signal.Signals) -> None:
-    out, words = tmp_path / "files", ["--count", "8", "--steps", "30"]
+    out, words = tmp_path / "files", ["--count", "8", "--steps", "20"]
     (process,) = here.start("sample", *words, "--files", str(out))
     deadline = time.monotonic() + 60
     while len(list(out.glob("0*.png"))) < 2:
