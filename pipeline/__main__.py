@@ -16,6 +16,7 @@ VERBS = {
     "ema": "snapshots of averages → an average of another length",
     "export": "checkpoint → a folder that diffusers opens",
     "sample": "draw images from an export",
+    "page": "draw from an export in a browser",
     "evaluate": "score an export",
     "schema": "print the JSON Schema of a config, for editors",
 }

@@ -24,7 +24,7 @@ from pipeline.data.index import ShardSet
 from pipeline.run_folder import claim, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("train_vae", "encode", "train", "reconstruct", "export", "sample", "evaluate")
+PROGRAMS = ("train_vae", "encode", "train", "reconstruct", "export", "sample", "page", "evaluate")
 PURPOSES = {
     "prepare": "Make image shards",
     "index": "Check a folder of WebDataset tars",
@@ -34,6 +34,7 @@ PURPOSES = {
     "ema": "Average the weights over another length",
     "export": "into a diffusers folder",
     "sample": "Draw images of classes, prompts or both",
+    "page": "Serve a page that draws",
     "evaluate": "Score RUN/export",
     "schema": "Print the JSON Schema",
 }
@@ -279,7 +280,7 @@ def test_debug_shows_the_traceback_too(do: Do, config: Path, order: list[str]) -
     assert done.err.splitlines()[-1].startswith("error: command line: sed: unknown key")
 
 
-@pytest.mark.parametrize("verb", ["train-vae", "encode", "train", "export", "sample", "evaluate"])
+@pytest.mark.parametrize("verb", ["train-vae", "encode", "train", "export", "sample", "page", "evaluate"])
 def test_every_program_refuses_a_config_in_one_line(do: Do, config: Path, verb: str) -> None:
     done = do(verb, config, "vae=3")
     assert (done.code, done.out) == (2, "")

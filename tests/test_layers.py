@@ -50,11 +50,12 @@ LAYERS = {
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
         pipeline.training pipeline.sampler pipeline.bounds pipeline.model_card
         pipeline.asking pipeline.image_files pipeline.drawing
+        pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.encode pipeline.train pipeline.reconstruct
-        pipeline.export pipeline.sample pipeline.evaluate pipeline.schema pipeline.__main__
+        pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.schema pipeline.__main__
     """,
 }
 # Programs don't call one another.  One exception: sample and evaluate know the export that they open by the passport
