@@ -34,14 +34,13 @@ from pipeline.data.images import to_unit
 from pipeline.data.index import ShardSet
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.export import PASSPORT
 from pipeline.metrics.classifier import ImageClassifier
 from pipeline.metrics.neighbours import nearest
 from pipeline.metrics.pictures import neighbours_picture
 from pipeline.metrics.scores import image_scores
 from pipeline.model_card import note_scores
 from pipeline.run_folder import check_same
-from pipeline.sampler import Asked
+from pipeline.sampler import PASSPORT, Asked
 from vae.metrics import psnr, reconstruct
 
 Scores = dict[str, float | int | str]

@@ -34,12 +34,11 @@ from pipeline.learner import TRANSFORMERS_WEIGHTS
 from pipeline.metrics.pictures import labelled_grid
 from pipeline.model_card import SAMPLES, model_card
 from pipeline.run_folder import check_same
-from pipeline.sampler import Asked
+from pipeline.sampler import PASSPORT, Asked
 from pipeline.text import TextEncoders, open_text, write_tokenizer
 from vae.model import load, weights_sha256
 from vae.moments import LatentScale
 
-PASSPORT = "training.json"  # in the export: which checkpoint it is
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CARD_ROWS, CARD_COLUMNS = 5, 4  # of the card's picture: classes or captions, images of each
 FEW_STEPS = 10  # of the images that are compared

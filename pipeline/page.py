@@ -19,11 +19,11 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import painting, panel, program, sampler
+from pipeline import image_files, painting, panel, program, sampler
 from pipeline.config import Config
-from pipeline.painting import Frame, Painter, Wish
 from pipeline.engine import Engine
 from pipeline.errors import UsageError
+from pipeline.painting import Frame, Painter, Wish
 from pipeline.stopping import Stopping
 
 
@@ -220,7 +220,7 @@ def filed(frame: Frame, asked: dict[str, Any], captions: Sequence[str], folder: 
     for i, image in enumerate(frame.images):
         name = re.sub(r"[^\w-]+", "-", captions[i])[:80].strip("-")
         path = folder / f"{name}.png"
-        path.write_bytes(painting.filed_png(image, painting.about(asked, i)))
+        image_files.write_png(path, image, painting.about(asked, i))
         written.append((str(path), captions[i]))
     return written
 

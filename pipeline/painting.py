@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 import math
 import time
@@ -15,7 +14,7 @@ from queue import Queue
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
 from pipeline.class_conditional import ClassConditionalPipeline
@@ -25,7 +24,17 @@ MAX_IMAGES, MAX_STEPS = 64, 1000
 MAX_SEED = 2**32 - 1  # of the first image
 SHOWN = 12  # pictures on the way: decoding costs time too
 TOLD_EVERY_S = 0.2  # seconds between steps that are told of without a picture
-PER_IMAGE = ("class_labels", "prompt")
+PER_IMAGE = ("class_labels", "prompt", "seeds")
+ROW_NAMES = {  # the pipeline's arguments, and what image_files calls them
+    "class_labels": "class",
+    "prompt": "prompt",
+    "negative_label": "negative_class",
+    "negative_prompt": "negative_prompt",
+    "seeds": "seed",
+    "guidance_scale": "guidance",
+    "guidance_rescale": "guidance_rescale",
+    "num_inference_steps": "steps",
+}
 
 
 @dataclass(frozen=True)
@@ -202,20 +211,10 @@ def watched(scheduler: Any) -> Generator[Clean]:
         del scheduler.step  # the class's own is there again
 
 
-def about(asked: Mapping[str, Any], index: int) -> dict[str, str]:
-    """What image `index` of a drawing was asked for: names of the pipeline's arguments → their values for it."""
-    said = {name: value[index] if name in PER_IMAGE else value for name, value in asked.items() if name != "seeds"}
-    return {"seed": str(asked["seeds"][index])} | {name: str(value) for name, value in said.items()}
-
-
-def filed_png(image: Image.Image, said: Mapping[str, str]) -> bytes:
-    """The bytes of a PNG that carries `said` as text (iTXt chunks, UTF-8)."""
-    info = PngImagePlugin.PngInfo()
-    for name, value in said.items():
-        info.add_itxt(name, value)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
+def about(asked: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What image `index` of a drawing was asked for, named as `sample` names it in its PNGs."""
+    one = {name: value[index] if name in PER_IMAGE else value for name, value in asked.items()}
+    return {said: one[name] for name, said in ROW_NAMES.items() if name in one}
 
 
 def python_code(folder: Path, asked: Mapping[str, Any], device: str, *, stock: bool) -> str:
@@ -232,7 +231,7 @@ def python_code(folder: Path, asked: Mapping[str, Any], device: str, *, stock: b
         words["generator"] = f'[torch.Generator("cpu").manual_seed(seed) for seed in {seeds}]'
         if "negative_prompt" in words:  # one for each image is wanted there
             words["negative_prompt"] = f"[{words['negative_prompt']}] * {len(given['prompt'])}"
-    for name in PER_IMAGE:
+    for name in ("class_labels", "prompt"):
         if name in words and len(given[name]) > 1 and len(set(given[name])) == 1:
             words[name] = f"[{given[name][0]!r}] * {len(given[name])}"
     lines += ["images = pipe(", *(f"    {name}={value}," for name, value in words.items()), ").images"]

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -55,9 +56,9 @@ def error(told: str) -> str:
     return f'<p class="error" role="alert">{html.escape(told)}</p>'
 
 
-def caption(said: Mapping[str, str]) -> str:
-    """A few words under an image.  `said`: what it was asked for, by the names of the pipeline's arguments."""
-    words = [said.get("class_labels"), said.get("prompt"), f"seed {said['seed']}"]
+def caption(said: Mapping[str, Any]) -> str:
+    """A few words under an image.  `said`: what it was asked for, as its file says it."""
+    words = [said.get("class"), said.get("prompt"), f"seed {said['seed']}"]
     return " · ".join(word for word in words if word)
 
 

@@ -30,7 +30,6 @@ from pipeline.config import Config
 from pipeline.drawing import draw_missing, try_out
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.export import PASSPORT
 from pipeline.image_files import Row
 from pipeline.metrics.pictures import labelled_grid
 from vae.model import state_sha256
@@ -136,8 +135,8 @@ def how_drawn(config: Config, args: argparse.Namespace, pipe: ClassConditionalPi
 
 def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Path) -> Row:
     """What every image says alike of how it was drawn: settings, scheduler, the export's passport, our version."""
-    if (export / PASSPORT).exists():
-        passport = files.read_json(export / PASSPORT)
+    if (export / sampler.PASSPORT).exists():
+        passport = files.read_json(export / sampler.PASSPORT)
     else:  # somebody else's: known by its weights
         passport = {"unet_sha256": state_sha256(pipe.unet.state_dict())}
     return {

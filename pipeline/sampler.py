@@ -30,6 +30,7 @@ from pipeline.locks import Locks
 from pipeline.text import TextEncoders
 from vae.moments import LatentScale
 
+PASSPORT = "training.json"  # in an export: which checkpoint it is of
 OPENING = Locks(Path(HF_MODULES_CACHE) / "opening.lock")
 
 

@@ -208,14 +208,6 @@ def test_broken_exif_says_nothing(fmt: str, recwarn: pytest.WarningsRecorder) ->
     assert not recwarn.list  # thousands of remarks would bury what matters
 
 
-def test_an_orientation_is_read_beside_broken_tags() -> None:
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 3, "words " * 10
-    without_the_words = exif.tobytes()[:-61]
-    x = noise(8, 8)
-    assert np.array_equal(images.decode(encoded(x, exif=without_the_words), 8), x[::-1, ::-1])
-
-
 @pytest.mark.parametrize(("height", "width"), [(20, 33), (33, 20), (20, 21), (20, 200)])
 def test_the_centre_is_cut(height: int, width: int) -> None:
     x = noise(height, width)

@@ -5,6 +5,7 @@ With SCREENSHOTS=FOLDER the last look of each tab is kept there.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -196,7 +197,8 @@ def test_classes_are_drawn_before_ones_eyes(served: dict[str, Served], visit: An
     for image, same, label, seed in zip(images, known, asked["class_labels"], asked["seeds"], strict=True):
         assert image.format == "PNG"
         assert (np.asarray(image) == np.asarray(same)).all()
-        assert (image.info["seed"], image.info["class_labels"]) == (str(seed), label)
+        said = json.loads(image.info["sample"])
+        assert (said["seed"], said["class"]) == (seed, label)
         assert Path(str(image.filename)).name[2:] == f"{label}-seed-{seed}.png"
 
     code = tab.locator("#code .cm-content").inner_text()
@@ -222,7 +224,8 @@ def test_prompts_are_drawn_on_a_phone_in_the_dark(served: dict[str, Served], vis
     known = pipe(**asked, num_inference_steps=3, guidance_scale=2.0).images[0]
     (image,) = saved(tab, tmp_path)
     assert (np.asarray(image) == np.asarray(known)).all()
-    assert (image.info["prompt"], image.info["negative_prompt"], image.info["seed"]) == ("a cat", "a dog", "5")
+    said = json.loads(image.info["sample"])
+    assert (said["prompt"], said["negative_prompt"], said["seed"]) == ("a cat", "a dog", 5)
 
 
 def test_each_mistake_is_told_on_the_page(served: dict[str, Served], visit: Any) -> None:
