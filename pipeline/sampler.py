@@ -18,6 +18,7 @@ from torch.nn import Module
 from tqdm import tqdm
 from transformers.utils import logging
 
+from pipeline import files
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config, DiffusionConfig
 from pipeline.data.dataset import read_told, spaced
@@ -115,11 +116,19 @@ def open_export(folder: Path, device: torch.device | str) -> ClassConditionalPip
 
 
 def open_folder(folder: Path) -> Any:
-    """A diffusers pipeline, opened without progress bars."""
+    """A diffusers pipeline, opened without progress bars.  Raises UsageError where the folder is broken."""
     disable_progress_bar()  # of loading a few small files
     logging.disable_progress_bar()
-    with quiet_imports(), one_at_a_time(folder):
-        pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    try:
+        named: dict[str, Any] = files.read_json(folder / "model_index.json")
+        for part, kind in named.items():  # transformers would make a tokenizer of two words where there is none
+            if isinstance(kind, list) and kind[0] and part[0] != "_" and not (folder / part).is_dir():
+                raise FileNotFoundError(f"no folder {part}/")
+        with quiet_imports(), one_at_a_time(folder):
+            pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    except Exception as error:  # whatever diffusers, transformers and safetensors stumble over
+        told = " ".join(str(error).split())[:300]
+        raise UsageError(f"{folder}: can't be opened ({type(error).__name__}: {told}); export it anew") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -192,6 +193,36 @@ def test_scores_of_a_text_model_stand_in_its_card(trained: tuple[str, World]) ->
     card = (world.run_dir / "export" / "README.md").read_text()
     assert "| named right by a classifier of the training images | " in card and card.count("## ") == 3
     assert world.do("evaluate") == [0] and card == (world.run_dir / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trained", ["text"], indirect=True)
+def test_two_ranks_learn_the_same_words_and_weights(trained: tuple[str, World]) -> None:
+    """The tokenizer is learned once, by one rank; the text encoder's gradients are those of all."""
+    _, world = trained
+    run = world.root / "ranks"
+    assert world.do("train", f"run_dir={run}", "train.steps=25", ranks=2) == [0, 0], world.said()
+    for (step, position, one), (step2, position2, two) in zip(losses(world.run_dir), losses(run), strict=False):
+        assert (step, position) == (step2, position2) and abs(one - two) < 1e-5
+    words = (world.run_dir / "text" / "tokenizer" / "tokenizer.json").read_text()
+    assert (run / "text" / "tokenizer" / "tokenizer.json").read_text() == words
+
+
+@pytest.mark.parametrize("trained", ["text"], indirect=True)
+@pytest.mark.parametrize(
+    "broken", ["unet/diffusion_pytorch_model.safetensors", "model_index.json", "text_encoder/config.json", "tokenizer"]
+)
+def test_a_broken_export_is_one_clear_error(trained: tuple[str, World], tmp_path: Path, broken: str) -> None:
+    _, world = trained
+    shutil.copytree(world.run_dir / "export", folder := tmp_path / "export")
+    if (folder / broken).is_dir():
+        shutil.rmtree(folder / broken)
+    else:
+        (folder / broken).write_bytes((folder / broken).read_bytes()[:100])
+    (world.root / "log.txt").unlink(missing_ok=True)
+    assert world.do("sample", "--export", str(folder)) == [2]
+    (line,) = [line for line in world.said().splitlines() if line.startswith("error:")]
+    assert f"error: {folder}: can't be opened (" in line and "export it anew" in line
+    assert "Traceback" not in world.said()
 
 
 # cached embeddings --------------------------------------------------------------------------------

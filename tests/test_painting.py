@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from painting_pipes import class_pipe, text_pipe
 from PIL import Image
+from small_pipe import small_pipe, small_text_pipe
 
 from pipeline import painting, panel, sampler
+from pipeline.config import DiffusionConfig
 from pipeline.errors import UsageError
 from pipeline.painting import Painter, Wish, arguments
+
+NAMES = ["zero", "one", "two"]
 
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return class_pipe()
+    return small_pipe(names=NAMES)
 
 
 def pixels(images: list[Image.Image]) -> Any:
@@ -59,7 +62,7 @@ def test_a_mistake_is_told_in_one_line(pipe: Any, wish: Wish, told: str) -> None
 
 
 def test_a_prompt_is_wanted_where_only_text_is_known(tmp_path: Path) -> None:
-    pipe = text_pipe(tmp_path / "text")
+    pipe = small_text_pipe(tmp_path / "text")
     with pytest.raises(UsageError, match=r"^Prompt: nothing came; write what to draw$"):
         arguments(pipe, Wish(prompt="  "))
     with pytest.raises(UsageError, match=r"^Classes: this model was not trained with classes; a prompt was wanted$"):
@@ -75,7 +78,7 @@ def test_there_is_an_argument_for_each_image(pipe: Any, tmp_path: Path) -> None:
     assert asked["negative_label"] == "zero"
     assert "prompt" not in asked
 
-    both = text_pipe(tmp_path / "text", classes=True)
+    both = small_text_pipe(tmp_path / "text", names=NAMES)
     asked = arguments(both, Wish(["one"], " a cat ", negative_prompt="a dog", num_images=2))
     assert (asked["class_labels"], asked["prompt"], asked["negative_prompt"]) == (["one"] * 2, ["a cat"] * 2, "a dog")
     assert arguments(both, Wish(["one"]))["prompt"] == [""]  # the text's own null condition
@@ -122,7 +125,7 @@ def test_what_is_seen_is_the_prediction_of_the_clean_image(pipe: Any) -> None:
 def test_the_prediction_is_what_the_last_step_gives(objective: str, prediction: str) -> None:
     """The last step of DDIM and of Euler's method ends on the prediction of the clean latents."""
     kind = {"objective": objective} | ({"prediction_type": prediction} if objective == "ddpm" else {})
-    pipe = class_pipe(**kind)
+    pipe = small_pipe(diffusion=DiffusionConfig(**kind), names=NAMES)
     asked = arguments(pipe, Wish(["one"], num_inference_steps=3))
     with painting.watched(pipe.scheduler) as clean:
         z_0 = pipe(**asked, output_type="latent").images
@@ -188,7 +191,11 @@ def drawn_by(code: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["classes", "text", "both"])
 def test_the_code_draws_the_same_pixels(tmp_path: Path, kind: str) -> None:
-    made = class_pipe() if kind == "classes" else text_pipe(tmp_path / "text", classes=kind == "both")
+    made = (
+        small_pipe(names=NAMES)
+        if kind == "classes"
+        else small_text_pipe(tmp_path / "text", names=NAMES if kind == "both" else None)
+    )
     folder = tmp_path / "it's here"
     made.save_pretrained(folder)
     pipe = sampler.open_export(folder, "cpu")
@@ -204,7 +211,7 @@ def test_the_code_draws_the_same_pixels(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_code_draws_what_a_stock_export_does(tmp_path: Path, guidance: float) -> None:
-    made = text_pipe(tmp_path / "text")
+    made = small_text_pipe(tmp_path / "text")
     parts = {name: getattr(made, name) for name in ("vae", "unet", "scheduler", "tokenizer", "text_encoder")}
     beside = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     folder = tmp_path / "stock"

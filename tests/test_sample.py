@@ -16,8 +16,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
-from small_pipe import small_pipe
-from small_text import small_text_pipe
+from small_pipe import small_pipe, small_text_pipe
 from world import World, small_config
 
 from pipeline import sample, sampler
@@ -37,7 +36,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe.save_pretrained(root / "classes")
     (root / "classes" / "training.json").write_text(json.dumps(PASSPORT))
     small_text_pipe(root / "text_encoder").save_pretrained(root / "text")
-    small_text_pipe(root / "other_text_encoder", classes=True).save_pretrained(root / "both")
+    small_text_pipe(root / "other_text_encoder", names=["cat", "dog", "House, Wooden"]).save_pretrained(root / "both")
     return root
 
 

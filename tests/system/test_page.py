@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import yaml
-from painting_pipes import class_pipe, text_pipe
 from PIL import Image
+from small_pipe import small_pipe, small_text_pipe
 from world import FORKSERVER, free_port, run_rank, small_config
 
 from pipeline import sampler
@@ -89,8 +89,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[dict[str, Serv
     """A page of a model that knows classes, and one of a model that knows prompts."""
     text = tmp_path_factory.mktemp("text")
     pages = {
-        "classes": Served(tmp_path_factory.mktemp("classes"), class_pipe()),
-        "text": Served(text, text_pipe(text / "encoder")),
+        "classes": Served(tmp_path_factory.mktemp("classes"), small_pipe(names=["zero", "one", "two"])),
+        "text": Served(text, small_text_pipe(text / "encoder")),
     }
     try:
         yield {name: page.ready() for name, page in pages.items()}
