@@ -32,7 +32,7 @@ class Conditioning:
     def __init__(self, config: ConditioningConfig, text: TextEncoders | None, unet_config: Mapping[str, Any]) -> None:
         """`text`: on the device where it runs."""
         self.config, self.text, self.unet_config = config, text, unet_config
-        self.null_ids = text.words.ids([""]) if text else None  # [1,K,L]
+        self.null_ids = text.words.ids([""]).to(text.device) if text else None  # [1,K,L]
         cached = config.text is not None and config.text.embeddings == "cached"
         self.null = text.encode([""]) if text and cached else None
 
@@ -60,7 +60,7 @@ class Conditioning:
             told = told._replace(tokens=tokens, pooled=pooled)
         elif self.text is not None and self.null_ids is not None:
             ids = batch["input_ids"]
-            ids = torch.where(_column(dropped, ids), self.null_ids.to(ids.device), ids)
+            ids = torch.where(_column(dropped, ids), self.null_ids, ids)
             if self.learns:
                 return {"input_ids": ids, "labels": labels, "time_ids": told.time_ids}
             read = self.text.read(ids)

@@ -114,6 +114,11 @@ class TextEncoders:
         words = dict(zip(("tokenizer", "tokenizer_2"), self.words.each, strict=False))
         return words | self.named
 
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.models[0].parameters()).device
+
     def to(self, device: torch.device) -> TextEncoders:
         """Move the weights."""
         for model in self.models:
@@ -122,13 +127,12 @@ class TextEncoders:
 
     def with_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> TextEncoders:
         """Frozen ones with these fp32 weights of the models named; the others are shared."""
-        device = next(self.models[0].parameters()).device
         models: list[Any] = []
         for name, model in self.named.items():
             if name in weights:
                 made: Any = type(model)(model.config)
                 made.load_state_dict(weights[name])
-                Module.to(made, device)
+                Module.to(made, self.device)
                 models.append(made)
             else:
                 models.append(model)
@@ -146,7 +150,7 @@ class TextEncoders:
     def read(self, input_ids: Tensor) -> Told:
         """Token ids int64 [B,K,L] → tokens float32 [B,L,D] and, of two encoders, pooled float32 [B,P].  No gradient."""
         with torch.no_grad():
-            tokens, pooled = read_text(self.models, input_ids.to(next(self.models[0].parameters()).device))
+            tokens, pooled = read_text(self.models, input_ids.to(self.device))
         return Told(tokens=tokens.float(), pooled=None if pooled is None else pooled.float())
 
     def encode(self, captions: Sequence[str]) -> Told:
