@@ -156,7 +156,7 @@ def emoji(folder: Path, seed: int, picture: Path | None) -> None:
         print(f"{captions[missed]}: nearest is {everything.captions[found[missed, 0]]}", file=sys.stderr)
     figure(
         "emoji: pictures whose nearest of all training images is the one that the caption names",
-        hits.sum(),
+        float(hits.sum()),
         ">= 56",
         f"of {CHOSEN}",
     )

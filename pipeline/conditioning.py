@@ -41,6 +41,11 @@ class Conditioning:
         """Whether the text encoders learn: then they are part of the network, which reads token ids."""
         return self.config.text is not None and self.config.text.train
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether batches bring their captions' embeddings, so that no text encoder runs in a step."""
+        return self.null is not None
+
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the U-Net, or of a `Joint`.
 

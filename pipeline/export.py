@@ -99,6 +99,7 @@ def export(config: Config, args: argparse.Namespace) -> None:
             weights=f"average `{average.name}`, {args.dtype}",
             license_id=args.license,
             stock=exported is not pipe,
+            prompt=rows[0][1].prompt,
         )
         files.write_text(aside / "README.md", card)
         files.write_json(aside / PASSPORT, passport)

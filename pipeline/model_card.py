@@ -23,10 +23,13 @@ CARD_SCORES = {  # of evaluate's → in words
 }
 
 
-def model_card(config: Config, state: dict[str, Any], *, weights: str, license_id: str, stock: bool) -> str:
+def model_card(
+    config: Config, state: dict[str, Any], *, weights: str, license_id: str, stock: bool, prompt: str | None
+) -> str:
     """The README.md of an export: what it is, how to load it, what it was trained on and how.
 
-    `state`: the checkpoint's; `weights`: which they are; `stock`: whether diffusers' own pipelines open it.
+    `state`: the checkpoint's; `weights`: which they are; `stock`: whether diffusers' own pipelines open it; `prompt`:
+    to show how it is asked, where it reads captions.
     """
     origin = state["latents"]["origin"]
     condition, diffusion, images_seen = config.conditioning, config.diffusion, state["data"]["position"]
@@ -38,8 +41,8 @@ def model_card(config: Config, state: dict[str, Any], *, weights: str, license_i
     guidance = f"guidance_scale={config.evaluation.guidance_scales[-1]:g}"
     call = {
         "class": f"pipe([{names[-1]!r}], seeds=0, {guidance})" if names else "",
-        "text": f'pipe("{{a caption}}", num_inference_steps={config.evaluation.num_inference_steps}, {guidance})',
-        "class_text": f'pipe([{names[-1]!r}], "{{a caption}}", seeds=0, {guidance})' if names else "",
+        "text": f"pipe({prompt!r}, num_inference_steps={config.evaluation.num_inference_steps}, {guidance})",
+        "class_text": f"pipe([{names[-1]!r}], {prompt!r}, seeds=0, {guidance})" if names else "",
     }[condition.kind]
     trust = "" if stock else ", trust_remote_code=True"
     code = (

@@ -122,7 +122,8 @@ def open_folder(folder: Path) -> Any:
     try:
         named: dict[str, Any] = files.read_json(folder / "model_index.json")
         for part, kind in named.items():  # transformers would make a tokenizer of two words where there is none
-            if isinstance(kind, list) and kind[0] and part[0] != "_" and not (folder / part).is_dir():
+            is_model = isinstance(kind, list) and kind[:1] in (["diffusers"], ["transformers"])
+            if is_model and not (folder / part).is_dir():
                 raise FileNotFoundError(f"no folder {part}/")
         with quiet_imports(), one_at_a_time(folder):
             pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)

@@ -133,6 +133,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     conditioning = Conditioning(condition, text, unet.config)
+    if text is not None and conditioning.is_cached:
+        text.to(torch.device("cpu"))  # it is asked for pictures only
     learners = text if conditioning.learns else None  # the text encoders, where they learn
     settings = config.optimizer
     training = Training(
@@ -192,7 +194,9 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 pipe = sampler.assemble(
                     unet_now, vae, latent_scale, config.diffusion, condition.class_names, text=text_now
                 )
-                save_picture(run, step, config, pipe, rows)
+                save_picture(run, step, config, pipe.to(engine.device), rows)
+                if text is not None and conditioning.is_cached:
+                    text.to(torch.device("cpu"))
     engine.main_does(lambda: write_status(run, "done", step=config.train.steps))
     if engine.is_main:
         program.say(f"trained {config.train.steps} steps; the checkpoints are in {run / 'checkpoints'}")
