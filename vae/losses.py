@@ -24,11 +24,19 @@ def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: Literal["l1", "l2"]) -> 
             return difference.square().mean(dim=(1, 2, 3))
 
 
+def kl_of_elements(moments: Tensor) -> Tensor:
+    """½ (mean² + exp(logvar) - 1 - logvar) of each element of z: the terms of `kl_divergence`.
+
+    moments [B,2C,h,w], mean ‖ logvar → [B,C,h,w] in nats; at least fp32.
+    """
+    mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
+    # expm1(v) - v keeps the digits that exp(v) - 1 - v loses near the prior.
+    return 0.5 * (mean.square() + logvar.expm1() - logvar)
+
+
 def kl_divergence(moments: Tensor) -> Tensor:
     """KL(q(z|x) ‖ N(0, I)) = ½ Σ (mean² + exp(logvar) - 1 - logvar), Kingma & Welling 2014, appendix B.
 
     moments [B,2C,h,w], mean ‖ logvar → [B] in nats per image; at least fp32.
     """
-    mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
-    # expm1(v) - v keeps the digits that exp(v) - 1 - v loses near the prior.
-    return 0.5 * (mean.square() + logvar.expm1() - logvar).sum(dim=(1, 2, 3))
+    return kl_of_elements(moments).sum(dim=(1, 2, 3))
