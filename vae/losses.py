@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: Literal["l1", "l2"]) -> Tensor:
@@ -40,3 +43,60 @@ def kl_divergence(moments: Tensor) -> Tensor:
     moments [B,2C,h,w], mean ‖ logvar → [B] in nats per image; at least fp32.
     """
     return kl_of_elements(moments).sum(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class SpatialTransform:
+    """τ of EQ-VAE (Kouzelis et al. 2025): resized by one factor, then turned; drawn by whoever passes it in.
+
+    The authors draw scale from 8/32 to 31/32 and 1 to 3 quarter turns, for half of the steps, and resize bilinearly.
+    """
+
+    scale: float = 1.0  # of both sides
+    quarter_turns: int = 0  # of 90° anticlockwise
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"{self} came, a finite scale > 0 is wanted")
+
+    def sides(self, h: int, w: int) -> tuple[int, int]:
+        """h', w' of τ∘z: max(1, round(scale · h)) and so w', the two swapped by an odd number of turns."""
+        height, width = max(1, round(self.scale * h)), max(1, round(self.scale * w))
+        return (width, height) if self.quarter_turns % 2 else (height, width)
+
+    def of_latents(self, z: Tensor) -> Tensor:
+        """τ∘z.  z [B,C,h,w] → [B,C,h',w']."""
+        h, w = z.shape[-2:]
+        return self.to_sides(z, *self.sides(h, w))
+
+    def to_sides(self, images: Tensor, height: int, width: int) -> Tensor:
+        """τ, but for the size that comes out: [B,C,H,W] → [B,C,height,width].
+
+        Images go to f times the size of τ∘z, for where scale · h is no whole number the factor is h'/h and not `scale`.
+        Bilinear between the centres of pixels, and no filter before, as the authors have it.
+        """
+        wanted = (width, height) if self.quarter_turns % 2 else (height, width)
+        if images.shape[-2:] != wanted:
+            images = functional.interpolate(images, size=wanted, mode="bilinear", align_corners=False)
+        return images.rot90(self.quarter_turns, dims=(-2, -1))
+
+
+def equivariance_loss(
+    x_hat: Tensor, x: Tensor, transform: SpatialTransform, kind: Literal["l1", "l2"], *, latents: tuple[int, int]
+) -> Tensor:
+    """The pixel error of D(τ∘E(x)) against τ∘x: EQ-VAE (Kouzelis et al. 2025), its reconstruction term.
+
+    x_hat [B,3,H',W']: decoded from `transform.of_latents(z)`, z ~ q(z|x), so that the gradient reaches decoder and
+    encoder; x [B,3,H,W] in [-1,1] units, a target without gradient; latents: h, w of z → [B], at least fp32.
+
+    Raises ValueError: x not of f·h by f·w pixels with a whole f, x_hat not as large as f times τ∘z.
+    """
+    factor = x.shape[-1] // latents[1]
+    if [*x.shape[-2:]] != [factor * side for side in latents]:
+        raise ValueError(f"images {list(x.shape)} of latents {list(latents)} came, a whole multiple of both is wanted")
+    height, width = (factor * side for side in transform.sides(*latents))
+    wanted = [*x.shape[:2], height, width]
+    if list(x_hat.shape) != wanted:
+        raise ValueError(f"reconstruction {list(x_hat.shape)} came, {wanted} is wanted by {transform}")
+    exact = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return reconstruction_loss(x_hat, transform.to_sides(exact, height, width), kind)
