@@ -95,6 +95,24 @@ class VaeTrainConfig(Section):
         return self
 
 
+class DiscriminatorConfig(Section):
+    """Architecture of the adversary that an autoencoder may be trained against (see `vae.discriminator`)."""
+
+    base_channels: int = Field(
+        default=64, ge=1, description="Width in channels after the first convolution; doubled by each later one, to 8×."
+    )
+    num_downsamplings: int = Field(
+        default=3,
+        ge=1,
+        le=8,
+        description="Convolutions of stride 2; 1, 2, 3 and 4 see patches of 16, 34, 70 and 142 pixels a side, in "
+        "images of at least 6, 12, 24 and 48.",
+    )
+    num_classes: int | None = Field(
+        default=None, ge=1, description="Classes of the projection, so that D judges images of a class; null is none."
+    )
+
+
 def _trained_autoencoder(validated: dict[str, Any]) -> str:
     return f"{validated['run_dir']}/autoencoder"
 

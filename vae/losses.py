@@ -45,6 +45,14 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return kl_of_elements(moments).sum(dim=(1, 2, 3))
 
 
+def kl_per_channel(moments: Tensor) -> Tensor:
+    """What each latent channel tells of an image: its share of `kl_divergence`, the mean over batch and positions.
+
+    moments [B,2C,h,w], mean ‖ logvar → [C] in nats per latent element, detached; at least fp32.
+    """
+    return kl_of_elements(moments.detach()).mean(dim=(0, 2, 3))
+
+
 @dataclass(frozen=True)
 class SpatialTransform:
     """τ of EQ-VAE (Kouzelis et al. 2025): resized by one factor, then turned; drawn by whoever passes it in.

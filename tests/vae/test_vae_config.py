@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from vae.config import VaeConfig, VaeModelConfig, VaeTrainConfig
+from vae.config import DiscriminatorConfig, VaeConfig, VaeModelConfig, VaeTrainConfig
 
 
 def test_defaults_are_whole_and_the_path_follows_the_run_dir() -> None:
@@ -21,7 +21,7 @@ def test_downsampling_factor(widths: tuple[int, ...], factor: int) -> None:
     assert VaeModelConfig(block_out_channels=widths).downsampling_factor == factor
 
 
-@pytest.mark.parametrize("section", [VaeConfig, VaeModelConfig, VaeTrainConfig])
+@pytest.mark.parametrize("section", [VaeConfig, VaeModelConfig, VaeTrainConfig, DiscriminatorConfig])
 def test_unknown_keys_are_refused(section: type[BaseModel]) -> None:
     with pytest.raises(ValidationError, match="kl_wieght"):
         section.model_validate({"kl_wieght": 1.0})
@@ -37,6 +37,8 @@ def test_unknown_keys_are_refused(section: type[BaseModel]) -> None:
         (VaeTrainConfig, {"kl_weight": -1e-6}, "greater than or equal to 0"),
         (VaeTrainConfig, {"steps": 0}, "greater than or equal to 1"),
         (VaeTrainConfig, {"reconstruction": "l3"}, "'l1' or 'l2'"),
+        (DiscriminatorConfig, {"num_downsamplings": 0}, "greater than or equal to 1"),
+        (DiscriminatorConfig, {"num_classes": 0}, "greater than or equal to 1"),
         (VaeTrainConfig, {"global_batch_images": 8, "micro_batch_images": 3}, "3 came, a divisor"),
     ],
 )
@@ -50,7 +52,7 @@ def test_frozen() -> None:
         VaeTrainConfig().steps = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("section", [VaeConfig, VaeModelConfig, VaeTrainConfig])
+@pytest.mark.parametrize("section", [VaeConfig, VaeModelConfig, VaeTrainConfig, DiscriminatorConfig])
 def test_every_field_says_what_it_means(section: type[BaseModel]) -> None:
     assert all(field.description for field in section.model_fields.values())
     assert section.model_json_schema()["additionalProperties"] is False

@@ -13,7 +13,14 @@ from torch.distributions import kl_divergence as kl_of_distributions
 from torch.nn import functional
 
 from vae.config import VaeModelConfig
-from vae.losses import SpatialTransform, equivariance_loss, kl_divergence, kl_of_elements, reconstruction_loss
+from vae.losses import (
+    SpatialTransform,
+    equivariance_loss,
+    kl_divergence,
+    kl_of_elements,
+    kl_per_channel,
+    reconstruction_loss,
+)
 from vae.model import build
 from vae.moments import encode_moments, sample_posterior
 
@@ -38,6 +45,14 @@ def test_kl_is_the_mean_of_the_log_ratio() -> None:
     ratio = ratio.sum((2, 3, 4))  # [draws, B]
     error = ratio.std(0) / num_draws**0.5
     assert ((ratio.mean(0) - kl_divergence(MOMENTS)).abs() < 5 * error).all()
+
+
+def test_channels_share_the_kl() -> None:
+    """Their sum, times h·w, is that of an image; and a channel's is that of its own moments."""
+    found = kl_per_channel(MOMENTS)
+    assert found.shape == (2,) and found.sum().item() * 4 == pytest.approx(kl_divergence(MOMENTS).mean().item())
+    second = kl_divergence(MOMENTS[:, [1, 3]]).mean() / 4
+    assert found[1].item() == pytest.approx(second.item())
 
 
 def test_kl_is_zero_at_the_prior_and_positive_beside_it() -> None:
