@@ -55,6 +55,8 @@ demo: env
 	  "What to try next:" \
 	  "  $(VERB) sample $(CONFIG) --classes seven,3 --guidance 4 --seed 1" \
 	  "  $(VERB) train $(CONFIG) train.steps=3000        goes on where it was" \
+	  "  $(VERB) train configs/digits_text.yaml          captions instead of classes; then export, sample --prompts" \
+	  "  $(VERB) page $(CONFIG)      draw in a browser" \
 	  "  $(VERB) prepare folder YOUR_PICTURES data/yours --size 64    a folder per class" \
 	  "  README.md: your own images, several GPUs, a cluster"
 
