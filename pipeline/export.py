@@ -130,6 +130,8 @@ def find_average(config: Config, name: str | None = None, step: int | None = Non
     run = Path(config.run_dir)
     made = run / "ema" / "reconstructed"
     if name is not None and (made / name / "manifest.json").is_file():
+        if step is not None:
+            raise UsageError(f"--step: {step} came with --ema {name}, which is of a step already; leave --step out")
         try:
             return Average(name, checkpoint.verify(made / name), ".")
         except BrokenError as error:

@@ -18,6 +18,7 @@ import torch
 import yaml
 from captions import write_text_encoder
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from test_training import assert_same_weights
 from transformers import CLIPTextModel
 from world import World, losses, small_config
@@ -26,7 +27,7 @@ from pipeline import sampler
 from pipeline.config_file import load_config
 from pipeline.data import latents
 from pipeline.data.index import ShardSet
-from pipeline.export import checkpoint_pipeline, find_average
+from pipeline.export import DTYPES, checkpoint_pipeline, find_average
 from pipeline.sampler import Asked
 from pipeline.text import TextEncoders
 
@@ -178,9 +179,11 @@ def test_an_export_in_half_precision(trained: tuple[str, World], tmp_path: Path,
     pipe: Any = DiffusionPipeline.from_pretrained(
         tmp_path / "half",
         trust_remote_code=True,
-        torch_dtype=getattr(torch, {"fp16": "float16"}.get(dtype, "bfloat16")),
+        torch_dtype=DTYPES[dtype],
     )
-    assert pipe.unet.dtype == pipe.text_encoder.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == DTYPES[dtype]
+    saved = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {DTYPES[dtype]}
     assert json.loads((tmp_path / "half" / "training.json").read_text())["checkpoint"] == f"step-{STEPS // 2:09d}"
 
 
@@ -205,6 +208,22 @@ def test_two_ranks_learn_the_same_words_and_weights(trained: tuple[str, World]) 
         assert (step, position) == (step2, position2) and abs(one - two) < 1e-5
     words = (world.run_dir / "text" / "tokenizer" / "tokenizer.json").read_text()
     assert (run / "text" / "tokenizer" / "tokenizer.json").read_text() == words
+
+
+def test_a_text_encoder_has_averages_of_any_length_too(made: World, tmp_path: Path) -> None:
+    changes = {"ema": {"decays": [], "sigma_rels": [0.05, 0.1], "snapshot_every_steps": 4}, "train": {"steps": 8}}
+    world = world_of(made, tmp_path, {**KINDS["text"], **changes, "checkpoint": {"every_steps": 4}})
+    assert world.do("train") == [0], world.said()
+    assert world.do("reconstruct", "--sigma-rel", "0.05") == [0], world.said()
+    name = "power-0.05-step-000000008"
+    again = load_file(world.run_dir / "ema" / "reconstructed" / name / "text_encoder" / "model.safetensors")
+    kept = load_file(world.run_dir / "checkpoints/step-000000008/ema/power-0.05/text_encoder/model.safetensors")
+    assert again.keys() == kept.keys()
+    for tensor in kept:  # of the length that was kept, it is what was kept
+        torch.testing.assert_close(again[tensor], kept[tensor], rtol=1e-4, atol=1e-6)
+    assert world.do("export", "--ema", name) == [0], world.said()
+    assert world.do("export", "--ema", name, "--step", "4") == [2]
+    assert "leave --step out" in world.said()
 
 
 @pytest.mark.parametrize("trained", ["text"], indirect=True)
