@@ -92,7 +92,8 @@ def export(config: Config, args: argparse.Namespace) -> None:
         sampler.cast(pipe, torch.float32)  # the weights are rounded; what is compared is computed alike
         moved = np.abs(draw_few(pipe, rows, config) - whole).max()
         compare(pipe, aside, rows, config)
-        write_samples(pipe, rows, config, aside / SAMPLES)
+        drawn = sampler.draw_rows(pipe, rows, CARD_COLUMNS, config)
+        labelled_grid(drawn, scale=2 if config.data.image_size < 128 else 1).save(aside / SAMPLES, format="PNG")
         card = model_card(
             config,
             found.state,
@@ -263,25 +264,6 @@ def compare(pipe: ClassConditionalPipeline, folder: Path, rows: Sequence[tuple[s
     difference = float(np.abs(draw_few(pipe, rows, config) - theirs).max())
     if not difference <= 1e-5:
         raise RunError(f"{folder}: loaded back, its pixels differ by {difference} from the trainer's sampler")
-
-
-def write_samples(
-    pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]], config: Config, path: Path
-) -> None:
-    """A small grid of what the model draws, for its card."""
-    settings = config.evaluation
-    asked = [ask for _, ask in rows for _ in range(CARD_COLUMNS)]
-    pixels = sampler.draw(
-        pipe,
-        asked,
-        range(len(asked)),
-        seed=config.seed,
-        guidance_scale=settings.guidance_scales[-1],
-        num_inference_steps=settings.num_inference_steps,
-        batch_images=settings.batch_images,
-    )
-    drawn = [(title, list(pixels[i * CARD_COLUMNS : (i + 1) * CARD_COLUMNS])) for i, (title, _) in enumerate(rows)]
-    labelled_grid(drawn, scale=2 if config.data.image_size < 128 else 1).save(path, format="PNG")
 
 
 if __name__ == "__main__":

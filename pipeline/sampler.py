@@ -186,6 +186,24 @@ def draw(
     return np.concatenate(images)
 
 
+def draw_rows(
+    pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]], columns: int, config: Config
+) -> list[tuple[str, list[NDArray[np.uint8]]]]:
+    """`columns` images uint8 [H,W,3] of each row, the same noise each time, at the last guidance scale."""
+    settings = config.evaluation
+    asked = [ask for _, ask in rows for _ in range(columns)]
+    pixels = draw(
+        pipe,
+        asked,
+        range(len(asked)),
+        seed=config.seed,
+        guidance_scale=settings.guidance_scales[-1],
+        num_inference_steps=settings.num_inference_steps,
+        batch_images=settings.batch_images,
+    )
+    return [(title, list(pixels[i * columns : (i + 1) * columns])) for i, (title, _) in enumerate(rows)]
+
+
 def draw_batch(
     pipe: ClassConditionalPipeline, asked: Sequence[Asked], seeds: Sequence[int], **how: Any
 ) -> NDArray[np.uint8]:

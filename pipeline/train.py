@@ -302,19 +302,7 @@ def save_picture(
     run: Path, step: int, config: Config, pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]]
 ) -> None:
     """RUN/samples/step-N.png: a row of images of each title and what it asks for, from the same noise each time."""
-    asked = [ask for _, ask in rows for _ in range(PICTURE_COLUMNS)]
-    pixels = sampler.draw(
-        pipe,
-        asked,
-        range(len(asked)),
-        seed=config.seed,
-        guidance_scale=config.evaluation.guidance_scales[-1],
-        num_inference_steps=config.evaluation.num_inference_steps,
-        batch_images=config.evaluation.batch_images,
-    )
-    drawn = [
-        (title, list(pixels[i * PICTURE_COLUMNS : (i + 1) * PICTURE_COLUMNS])) for i, (title, _) in enumerate(rows)
-    ]
+    drawn = sampler.draw_rows(pipe, rows, PICTURE_COLUMNS, config)
     with files.whole(run / "samples" / f"step-{step:09d}.png") as aside:
         labelled_grid(drawn, scale=2, title=f"step {step}").save(aside, format="PNG")
 
