@@ -76,17 +76,22 @@ def sample_seeds(seed: int, indices: Sequence[int]) -> list[int]:
 def rows_of(config: Config, limit: int) -> list[tuple[str, Asked]]:
     """Titles and what they ask for, for pictures: the first classes, or captions of held-out images (else training's).
 
-    Of captions no two are the same; they are of one shard, since each shard may have to come from afar.
+    Of captions no two are the same; they are of one shard, since each shard may have to come from afar.  Raises
+    UsageError where there are none.
     """
-    condition, data = config.conditioning, config.data
+    condition, data, with_class = config.conditioning, config.data, config.conditioning.has_class
     if condition.text is None:
         names = condition.class_names or [str(i) for i in range(condition.num_classes)]
         return [(names[label], Asked(label)) for label in range(min(limit, condition.num_classes))]
-    shards = ShardSet(data.validation_images or data.train_images[0], open_shards=1, remote=data.remote)
-    shard = max(range(len(shards.counts)), key=shards.counts.__getitem__)
-    places = [(shard, row) for row in spaced(shards.counts[shard], 8 * limit)]
-    found = {text: Asked(label, text) for label, text in read_told(shards, places) if text is not None}
-    return list(found.items())[:: max(1, len(found) // limit)][:limit]
+    for location in filter(None, (data.validation_images, *data.train_images)):
+        shards = ShardSet(location, open_shards=1, remote=data.remote)
+        shard = max(range(len(shards.counts)), key=shards.counts.__getitem__)
+        places = [(shard, row) for row in spaced(shards.counts[shard], 8 * limit)]
+        told = read_told(shards, places)
+        found = {text: Asked(label, text) for label, text in told if text and (label is not None or not with_class)}
+        if found:
+            return list(found.items())[:: max(1, len(found) // limit)][:limit]
+    raise UsageError(f"data: no image has a caption{' and a label' * with_class}, which conditioning.kind wants")
 
 
 def told_of(pipe: ClassConditionalPipeline, asked: Sequence[Asked]) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
             parts |= {"truncated_captions": batch["truncated"].float()}  # share of the captions that are too long
         return loss.mean(), {name: part.mean() for name, part in parts.items()}
 
-    rows = sampler.rows_of(config, PICTURE_ROWS) if engine.is_main else []
+    titled: Any = engine.main_does(lambda: sampler.rows_of(config, PICTURE_ROWS))
+    rows = [(title, Asked(*ask)) for title, ask in titled]
     for step in training.steps(loss_of):
         if step % config.evaluation.every_steps == 0:
             averaged = {model: training.learner.averaged(model) for model in training.learner.models}
@@ -240,6 +241,7 @@ def open_sets(config: Config, vae: AutoencoderKL, text: TextEncoders | None) -> 
     assert config.data.train_latents is not None
     described: list[dict[str, Any]] = []
     cached = config.conditioning.text is not None and config.conditioning.text.embeddings == "cached"
+    text_sha256 = text.sha256() if text and cached else None
     for folder in config.data.train_latents:
         with blame("data.train_latents"):
             found = latents.open_latents(
@@ -249,7 +251,7 @@ def open_sets(config: Config, vae: AutoencoderKL, text: TextEncoders | None) -> 
                 crop=config.data.crop,
                 flip=config.data.flip,
                 encode_crops=config.data.encode_crops,
-                text_encoder_sha256=text.sha256() if text and cached else None,
+                text_encoder_sha256=text_sha256,
                 image_sizes=text is not None and text.pooled_width is not None,
                 remote=config.data.remote,
             )

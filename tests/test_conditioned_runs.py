@@ -295,6 +295,28 @@ def test_mistakes_are_one_line_each(frozen: World, made: World) -> None:
         assert said in frozen.said() and "Traceback" not in frozen.said(), frozen.said()
 
 
+def test_a_set_without_captions_is_told_to_all_ranks(frozen: World, tmp_path: Path) -> None:
+    bare = write_bare_set(tmp_path / "bare")
+    words = ("conditioning.text.embeddings=online", f"data.train_images={bare}", f"data.validation_images={bare}")
+    (frozen.root / "log.txt").unlink(missing_ok=True)
+    assert frozen.do("train", f"run_dir={tmp_path / 'run'}", *words, ranks=2) == [2, 2], frozen.said()
+    assert "error: data: no image has a caption, which conditioning.kind wants" in frozen.said()
+
+
+def write_bare_set(folder: Path) -> Path:
+    """Images without captions."""
+    from webdataset.writer import TarWriter
+
+    from pipeline.data.images import encode_png
+    from pipeline.data.index import build_index
+
+    folder.mkdir()
+    with (folder / "0.tar").open("wb") as file, TarWriter(file, mtime=0, encoder=False) as writer:
+        writer.write({"__key__": "a", "png": encode_png(np.zeros((16, 16, 3), dtype=np.uint8)), "cls": b"1"})
+    build_index(folder)
+    return folder
+
+
 def test_a_run_does_not_go_on_with_another_text_encoder(frozen: World) -> None:
     run, online = f"run_dir={frozen.root / 'begun'}", "conditioning.text.embeddings=online"
     assert frozen.do("train", run, online, "train.steps=2", "checkpoint.every_steps=2") == [0], frozen.said()
