@@ -109,6 +109,8 @@ Not evaluated yet.
 
 def note_scores(folder: Path, scores: Mapping[str, float | int | str]) -> None:
     """Write scores into the model card of an export, in the place of those that stand there."""
+    if not (folder / "README.md").exists():
+        return  # somebody took it away
     card = (folder / "README.md").read_text(encoding="utf-8")
     before, heading, after = card.partition(f"{SCORES}\n")
     if not heading:
