@@ -11,7 +11,6 @@ FOLDER is kept, and gone on with.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from fresh_clone import figure
 
 from pipeline import sampler
 from pipeline.bounds import Costs
@@ -36,14 +36,6 @@ def verb(folder: Path, *words: str) -> None:
     done = subprocess.run([sys.executable, "-m", "pipeline", *words], cwd=folder, capture_output=True, text=True)  # noqa: PLW1510
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")
-
-
-def figure(name: str, value: float, bound: str | None, unit: str) -> None:
-    """Print a figure and whether its bound holds."""
-    holds = None if bound is None else value <= float(bound.split()[1])
-    print(
-        json.dumps({"figure": name, "value": round(value, 4), "bound": bound, "holds": holds, "unit": unit}), flush=True
-    )
 
 
 def trained(folder: Path, seed: int, variance_type: str, steps: int) -> Config:

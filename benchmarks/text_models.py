@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fresh_clone import figure
 from PIL import Image
 from webdataset.writer import TarWriter
 
@@ -41,16 +42,6 @@ from vae.model import load
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS, EMOJI = (ROOT / "configs" / f"{name}_text.yaml" for name in ("digits", "emoji"))
 CHOSEN = 64
-
-
-def figure(name: str, value: float, bound: str | None, unit: str) -> None:
-    """Print a figure and whether its bound, such as "<= 8", holds; a figure without one only tells."""
-    holds = None
-    if bound is not None:
-        relation, limit = bound.split()
-        holds = value <= float(limit) if relation == "<=" else value >= float(limit)
-    line = {"figure": name, "value": round(value, 4), "bound": bound, "holds": holds, "unit": unit}
-    print(json.dumps(line), flush=True)
 
 
 def run(folder: Path, *words: str) -> float:
@@ -97,6 +88,8 @@ def main() -> None:
     made.add_argument("--seed", type=int, default=0, help="of the choice and of the training")
     made.add_argument("--sheet", type=Path, help="write the pictures beside the real ones there")
     args = made.parse_args()
+    if unknown := set(args.what) - {"digits", "emoji"}:
+        made.error(f"{', '.join(sorted(unknown))} came; digits and emoji are known")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
