@@ -41,7 +41,7 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         widths = [base_channels * min(2**level, WIDEST) for level in range(num_downsamplings + 1)]
         strides = [2] * num_downsamplings + [1]
         self.patch_size = _patch_size(strides)
-        self.smallest_side = 3 * 2**num_downsamplings  # of it the strided ones leave 3, the other two 2 and 1
+        self.smallest_side = DiscriminatorConfig(num_downsamplings=num_downsamplings).smallest_side
         self.convs = nn.ModuleList(
             nn.Conv2d(num_in, num_out, KERNEL_SIZE, stride, padding=1)
             for num_in, num_out, stride in zip([in_channels, *widths], widths, strides, strict=False)
@@ -93,7 +93,9 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         return logits + torch.einsum("bd,bdhw->bhw", self.class_embedding(classes), windows).unsqueeze(1)
 
 
-def build_discriminator(config: DiscriminatorConfig, in_channels: int, seed: int) -> PatchDiscriminator:
+def build_discriminator(
+    config: DiscriminatorConfig, in_channels: int, seed: int, *, num_classes: int | None = None
+) -> PatchDiscriminator:
     """A fresh fp32 discriminator in training mode, a function of the arguments; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,7 +103,7 @@ def build_discriminator(config: DiscriminatorConfig, in_channels: int, seed: int
             in_channels=in_channels,
             base_channels=config.base_channels,
             num_downsamplings=config.num_downsamplings,
-            num_classes=config.num_classes,
+            num_classes=num_classes,
         )
     return discriminator.train()
 

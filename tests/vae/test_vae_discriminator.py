@@ -13,7 +13,7 @@ from vae.config import DiscriminatorConfig
 from vae.discriminator import PatchDiscriminator, build_discriminator
 
 SMALL = DiscriminatorConfig(base_channels=8)
-CLASSES = DiscriminatorConfig(base_channels=8, num_classes=5)
+CLASSES = 5
 
 
 def images(num_images: int, side: int, channels: int = 3) -> Tensor:
@@ -70,10 +70,10 @@ def test_nothing_normalises_and_no_image_sees_another() -> None:
 
 def test_a_function_of_the_seed_alone() -> None:
     state = torch.get_rng_state()
-    first, same, other = (build_discriminator(CLASSES, 3, seed) for seed in (1, 1, 2))
+    first, same, other = (build_discriminator(SMALL, 3, seed, num_classes=CLASSES) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(17)
-    later = build_discriminator(CLASSES, 3, 1)
+    later = build_discriminator(SMALL, 3, 1, num_classes=CLASSES)
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, same.state_dict()[name]) and torch.equal(weight, later.state_dict()[name])
         assert name.endswith("bias") or not torch.equal(weight, other.state_dict()[name])
@@ -88,7 +88,7 @@ def test_at_first_it_knows_nothing_but_answers(side: int) -> None:
 
 
 def test_a_class_is_an_inner_product_and_nothing_else() -> None:
-    discriminator = build_discriminator(CLASSES, 3, 0)
+    discriminator = build_discriminator(SMALL, 3, 0, num_classes=CLASSES)
     x, first, second = images(3, 32), torch.tensor([0, 1, 2]), torch.tensor([4, 1, 3])
     features = discriminator.features(x)  # [3,D,3,3]
     assert discriminator.class_embedding is not None
@@ -111,7 +111,7 @@ def test_a_class_is_an_inner_product_and_nothing_else() -> None:
 
 
 def test_only_the_classes_that_came_learn() -> None:
-    discriminator = build_discriminator(CLASSES, 3, 0)
+    discriminator = build_discriminator(SMALL, 3, 0, num_classes=CLASSES)
     discriminator(images(2, 32), torch.tensor([1, 3])).sum().backward()
     assert discriminator.class_embedding is not None
     gradient = discriminator.class_embedding.weight.grad
@@ -119,24 +119,24 @@ def test_only_the_classes_that_came_learn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "x", "classes", "message"),
+    ("num_classes", "x", "classes", "message"),
     [
-        (SMALL, images(2, 32), torch.tensor([0, 1]), "none are wanted"),
+        (None, images(2, 32), torch.tensor([0, 1]), "none are wanted"),
         (CLASSES, images(2, 32), None, "no classes came, one for each of 2"),
         (CLASSES, images(2, 32), torch.tensor([0]), r"classes \[1\] came, one for each of 2"),
-        (SMALL, images(2, 32, channels=1), None, r"\[2, 1, 32, 32\] came, \[B,3,H,W\]"),
-        (SMALL, images(2, 32)[0], None, "are wanted"),
+        (None, images(2, 32, channels=1), None, r"\[2, 1, 32, 32\] came, \[B,3,H,W\]"),
+        (None, images(2, 32)[0], None, "are wanted"),
     ],
 )
 def test_what_it_cannot_judge_is_refused(
-    config: DiscriminatorConfig, x: Tensor, classes: Tensor | None, message: str
+    num_classes: int | None, x: Tensor, classes: Tensor | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        build_discriminator(config, 3, 0)(x, classes)
+        build_discriminator(SMALL, 3, 0, num_classes=num_classes)(x, classes)
 
 
 def test_saved_and_loaded_as_diffusers_does(tmp_path: Path) -> None:
-    discriminator = build_discriminator(CLASSES, 3, 0)
+    discriminator = build_discriminator(SMALL, 3, 0, num_classes=CLASSES)
     discriminator.save_pretrained(tmp_path)
     loaded = PatchDiscriminator.from_pretrained(tmp_path)
     x, classes = images(2, 32), torch.tensor([0, 4])

@@ -215,7 +215,7 @@ def test_r1_means_the_same_at_any_size() -> None:
 
 def test_r1_teaches_the_discriminator() -> None:
     """Its gradient in the weights is that of differences, so the network can be differentiated twice."""
-    discriminator = build_discriminator(SMALL.model_copy(update={"num_classes": 3}), 3, 0).double()
+    discriminator = build_discriminator(SMALL, 3, 0, num_classes=3).double()
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
     weights = list(discriminator.parameters())
     directions = [torch.randn(w.shape, generator=torch.Generator().manual_seed(2)).double() for w in weights]
@@ -344,7 +344,7 @@ def test_each_player_moves_itself_alone(game: Game) -> None:
 
 
 def test_both_are_judged_as_one_by_one() -> None:
-    discriminator = build_discriminator(SMALL.model_copy(update={"num_classes": 3}), 3, 0)
+    discriminator = build_discriminator(SMALL, 3, 0, num_classes=3)
     x, x_hat, classes = batch(2)[0], batch(2, seed=1)[0], torch.tensor([2, 0])
     real, fake = judge_both(discriminator, x, x_hat, classes)
     assert torch.allclose(real, discriminator(x, classes), atol=1e-6)
