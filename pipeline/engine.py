@@ -81,6 +81,14 @@ class Engine:
         work = dist.all_reduce(total, async_op=True) if self.num_ranks > 1 else None
         return Summed([*on_host, *on_device], total, work)
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks, on each of them; the host does not wait on a GPU."""
+        if self.num_ranks == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.num_ranks
+
     def main_does(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 and give its JSON-able result to every rank; an error there is raised on all."""
         answer: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
@@ -21,7 +22,7 @@ from pipeline.errors import RunError
 from pipeline.stopping import REASONS
 from pipeline.tracking import Tracker
 
-NO_PARTS = ("loss", "grad_norm", "not_finite", "skipped", "replaced", "save_failed", *REASONS)  # of the loss
+NO_PARTS = ("loss", "not_finite", "replaced", "save_failed", *REASONS)  # of the loss
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,23 @@ class Journal:
     """Rows by step, the progress bar, the quarantine, and the verdicts that are the same on every rank."""
 
     def __init__(
-        self, engine: Engine, run: Path, config: Config, *, name: str, images_per_step: int, total_steps: int
+        self,
+        engine: Engine,
+        run: Path,
+        config: Config,
+        *,
+        name: str,
+        images_per_step: int,
+        total_steps: int,
+        shown: Sequence[str] = (),
     ) -> None:
-        """`name`: of what trains, for the bar."""
+        """`name`: of what trains, for the bar; `shown`: parts of the loss that it tells."""
         self.engine, self.run, self.config = engine, run, config
         self.images, self.total_steps = images_per_step, total_steps
         self.losses: deque[float] = deque(maxlen=config.train.spike_window_steps)
         self.spike: Spike | None = None
+        self.shown = tuple(shown)
+        self.newest: dict[str, float] = {}  # figures of the newest step that was read
         self.save_failed = False
         self.stop_code = 0  # place in REASONS, from 1, of why any rank was asked to stop
         self.bar = tqdm(
@@ -95,16 +106,21 @@ class Journal:
 
         Raises, on every rank, RunError for what is not finite and UsageError beyond a budget of bad samples.
         """
-        found = taken.summed.read()
+        found = self.newest = taken.summed.read()
         self.save_failed = self.save_failed or found["save_failed"] > 0
         self.stop_code = self.stop_code or next((c for c, r in enumerate(REASONS, start=1) if found[r]), 0)
         if found["not_finite"] or not isfinite(found["loss"]):  # fp16 tries a smaller scale, which mends no loss
             ranks = [rank for rank, fine in enumerate(self.engine.gather(bool(taken.loss.isfinite()))) if not fine]
             where = f" (rank {ranks[0]})" if ranks else ""
+            norms = ", ".join(
+                f"{name.removesuffix('grad_norm').replace('/', ' ')}gradient norm {value}"
+                for name, value in found.items()
+                if _is_norm(name)
+            )
             raise self.engine.common(
                 RunError(
                     f"step {taken.step}, positions {taken.position} to {taken.position + self.images - 1}: loss "
-                    f"{found['loss']}{where}, gradient norm {found['grad_norm']}: not finite; it changed no weight"
+                    f"{found['loss']}{where}, {norms}: not finite; it changed no weight"
                 )
             )
         if found["replaced"]:
@@ -112,22 +128,26 @@ class Journal:
         self._look_for_a_spike(taken.step, found["loss"])
         self.bar.update(self.images)
         shown = {"step": taken.step, "loss": f"{found['loss']:.4f}"}
+        shown |= {name.rpartition("/")[2]: f"{found[name]:.3g}" for name in self.shown if name in found}
         if self.quarantine.count.total:
             shown["replaced"] = self.quarantine.count.total
         self.bar.set_postfix(shown, refresh=False)
         if taken.step % self.config.tracking.every_steps == 0 or taken.step == self.total_steps:
             self._write(taken, found)
 
+    def note(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add figures of a step that were found beside it."""
+        if figures and self.tracker is not None:
+            self.tracker.write({"step": step, **figures})
+
     def _write(self, taken: Taken, found: dict[str, float]) -> None:
         now = time.monotonic()
         row = {"step": taken.step, "position": taken.position + self.images, "loss": found["loss"]}
-        row |= {name: value for name, value in found.items() if name not in NO_PARTS}
+        row |= {name: value for name, value in found.items() if name not in NO_PARTS and not _is_norm(name)}
         row |= {"learning_rate": taken.learning_rate}
-        if isfinite(found["grad_norm"]):  # not where fp16 overflowed: JSON has no infinity
-            row |= {"grad_norm": found["grad_norm"]}
+        # Not where fp16 overflowed: JSON has no infinity.
+        row |= {name: value for name, value in found.items() if _is_norm(name) and isfinite(value)}
         row |= {"replaced": self.quarantine.count.total}
-        if "loss_scale" in found:
-            row |= {"skipped": found["skipped"]}
         assert self.tracker is not None  # `begin` came before
         self.tracker.write(row | {"images_per_s": (taken.step - self.step_since) * self.images / (now - self.since)})
         self.since, self.step_since = now, taken.step
@@ -151,3 +171,7 @@ class Journal:
                 f"(see {self.quarantine.path})"
             )
         self.quarantine.add(found)
+
+
+def _is_norm(name: str) -> bool:
+    return name.rpartition("/")[2] == "grad_norm"

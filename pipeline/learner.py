@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoint import MOMENTS, WEIGHTS, Checkpoint, moment_stem
 from pipeline.config import EngineConfig
+from pipeline.data.dataset import Batch
 from pipeline.ema import Ema, Profile
 from pipeline.engine import Engine
 from pipeline.optim import UpdateRule
@@ -24,6 +25,7 @@ from pipeline.strategies import wrap
 TRANSFORMERS_WEIGHTS = "model"  # transformers' name of a model's weights, without its ending
 Model = ModelMixin | PreTrainedModel  # of diffusers, or a text encoder of transformers
 FIRST = ("unet", "autoencoder")  # models whose averages lie in ema/PROFILE itself, those of others in a folder there
+LossOf = Callable[[Module, Batch], tuple[Tensor, dict[str, Tensor]]]  # model, batch → mean loss, its detached parts
 StemOf = Callable[[str], str]  # model → where its tensors of a kind lie in a checkpoint
 
 
@@ -39,9 +41,13 @@ class Learner:
         *,
         rule: UpdateRule,
         config: EngineConfig,
+        state_key: str = "optimizer",
     ) -> None:
-        """`models`: those that are saved, by the folder they go to; `module`: one of them, or what holds them all."""
-        self.engine, self.models = engine, dict(models)
+        """`models`: those that are saved, by the folder they go to; `module`: one of them, or what holds them all.
+
+        `state_key`: where a checkpoint's state tells of this optimizer.
+        """
+        self.engine, self.models, self.state_key = engine, dict(models), state_key
         whose = {p: (model, name) for model, core in models.items() for name, p in core.named_parameters()}
         self.places = {name: whose[p] for name, p in module.named_parameters() if p.requires_grad}
         learns = set(self.places.values())
@@ -73,12 +79,39 @@ class Learner:
 
                 return tensor
 
-            num_updates = int(found.state["optimizer"]["num_updates"])
+            said = found.state[self.state_key]
+            num_updates = int(said["num_updates"])
             moments = {name: reader(partial(moment_stem, moment=name)) for name in MOMENTS} if num_updates else {}
             self.wrapped.load(reader(self._weights), moments, num_updates)
-            self.wrapped.load_scaler(found.state["optimizer"]["scaler"])
+            self.wrapped.load_scaler(said["scaler"])
             for profile, shadow in self.ema.shadows.items():
                 self.wrapped.fill(shadow, reader(self._averages(profile)))
+
+    def step(
+        self, batches: Iterable[Batch], num_micro: int, loss_of: LossOf, *, learning_rate: float, steps_before: int
+    ) -> dict[str, Tensor]:
+        """One optimizer step on this rank's micro-batches, `num_micro` of them; nothing of it is waited for.
+
+        This rank's part of what all ranks have to sum: the mean `loss` and its parts, `grad_norm` and `not_finite` (see
+        StepReport), with fp16 `skipped` and `loss_scale`.
+        """
+        wrapped, num_ranks = self.wrapped, self.engine.num_ranks
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            with wrapped.micro_batch(last=i == num_micro - 1):
+                loss, parts = loss_of(wrapped.model, batch)
+                wrapped.backward(loss / num_micro)
+            for name, value in {"loss": loss, **parts}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double() / (num_micro * num_ranks)
+        report = wrapped.step(learning_rate)
+        self.ema.update(wrapped.weights(), steps_before)
+        sums |= {"grad_norm": report.grad_norm / num_ranks, "not_finite": ~report.finite}
+        if wrapped.loss_scale:
+            sums |= {
+                "skipped": report.skipped / num_ranks,
+                "loss_scale": wrapped.loss_scale.scale / num_ranks,
+            }
+        return sums
 
     def optimizer_state(self) -> dict[str, Any]:
         """What a checkpoint's state says of the optimizer.  Waits for the device."""
@@ -114,8 +147,12 @@ class Learner:
 
     def averaged(self, model: str) -> dict[str, Tensor]:
         """A model's whole weights of the first average, fp32 on the host of rank 0; {} on the others.  A collective."""
+        return self.whole(model, next(iter(self.ema.shadows.values())))
+
+    def whole(self, model: str, local: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """The same of its weights themselves, or of an average's part on this rank."""
         found: dict[str, Tensor] = {}
-        for whole_name, tensor in self.wrapped.full(next(iter(self.ema.shadows.values()))):
+        for whole_name, tensor in self.wrapped.full(self.wrapped.weights() if local is None else local):
             whose, name = self.places[whole_name]
             if self.engine.is_main and whose == model:
                 found[name] = tensor.detach().to("cpu", copy=True)

@@ -13,26 +13,38 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Module
 
 from pipeline import files, program
 from pipeline.config import Config
-from pipeline.data.dataset import Samples
+from pipeline.data.dataset import Samples, read_images
 from pipeline.data.draws import Purpose, integer_seed
-from pipeline.data.pieces import Pixels, PosteriorNoise
+from pipeline.data.images import to_unit
+from pipeline.data.pieces import ClassLabel, Piece, Pixels, PosteriorNoise, Transform
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
+from pipeline.health import Health, thumbnails
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.run_folder import claim, write_status
-from pipeline.training import Course, Training
+from pipeline.training import Adversary, Course, Training
+from vae.config import AdversaryConfig
+from vae.discriminator import PatchDiscriminator, build_discriminator
 from vae.model import build, weights_sha256
-from vae.steps import AutoencoderStep, autoencoder_loss
+from vae.objective import Objective
+from vae.steps import AutoencoderStep
 
 IDENTITY = ("seed", "data", "vae", "engine")
+HEALTH_IMAGES = 256  # whose reconstructions are looked at while training
+SHOWN = ("reconstruction", "discriminator/accuracy_real", "discriminator/accuracy_fake")  # on the progress bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,38 +54,79 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_vae(config: Config, args: argparse.Namespace) -> None:
-    """config → engine → data → autoencoder, optimizer → resume → steps → the diffusers folder."""
+    """config → engine → autoencoder → data → losses, adversary → resume → steps → the diffusers folder → figures."""
     del args
-    run, settings, shape = Path(config.vae.run_dir), config.vae.train, config.vae.model
+    run, settings = Path(config.vae.run_dir), config.vae.train
     engine = Engine(config.engine)
     engine.main_does(lambda: claim(run, config, IDENTITY))
 
-    if config.data.image_size % shape.downsampling_factor:
-        raise UsageError(
-            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor "
-            f"{shape.downsampling_factor} was wanted"
-        )
-    side = config.data.image_size // shape.downsampling_factor
-    with blame("data.train_images"):
-        samples = Samples.of(
-            config.data.train_images,
-            (
-                Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip),
-                PosteriorNoise(config.seed, (shape.latent_channels, side, side)),
-            ),
-            seed=config.seed,
-            data=config.data,
-        )
+    # autoencoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 1))
-        autoencoder = build(shape)
-    module = AutoencoderStep(autoencoder)
+        autoencoder = build(config.vae.model)
+    if config.engine.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+    if config.data.image_size % factor:
+        raise UsageError(
+            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
+        )
+
+    # data
+    side = config.data.image_size // factor
+    pieces: list[Piece] = [
+        Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip),
+        PosteriorNoise(config.seed, (int(autoencoder.config["latent_channels"]), side, side)),
+    ]
+    if settings.equivariance_share:
+        pieces.append(Transform(config.seed, settings.global_batch_images, settings.equivariance_share))
+    if settings.adversary is not None and settings.adversary.class_conditional:
+        pieces.append(ClassLabel(config.conditioning.num_classes))
+    with blame("data.train_images"):
+        samples = Samples.of(config.data.train_images, tuple(pieces), seed=config.seed, data=config.data)
+
+    # losses, adversary
+    perceptual = None
+    if settings.perceptual is not None:
+        from vae.perceptual import open_perceptual
+
+        with blame("vae.train.perceptual.backbone"):
+            perceptual = open_perceptual(settings.perceptual.backbone).to(engine.device)
+    discriminator = adversary = None
+    if settings.adversary is not None:
+        check_game(config, settings.adversary, engine)
+        discriminator = build_discriminator(
+            settings.adversary.discriminator,
+            int(autoencoder.config["in_channels"]),
+            integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 2),
+            num_classes=config.conditioning.num_classes if settings.adversary.class_conditional else None,
+        )
+    objective = Objective(
+        settings,
+        autoencoder,
+        discriminator=discriminator,
+        perceptual=perceptual.distance if perceptual else None,
+        autocast=engine.autocast,
+        mean_over_ranks=engine.mean,
+        device=engine.device,
+    )
+    if settings.adversary is not None and discriminator is not None:
+        adversary = adversary_of(settings.adversary, discriminator, objective)
+    looked_at: list[NDArray[np.float32]] = []
+    if discriminator is not None:  # coverage is what the game can lose
+        engine.main_does(lambda: looked_at.append(images_to_look_at(config)))
+    health = Health(
+        run,
+        looked_at[0] if looked_at else None,
+        perceptual.features if perceptual else thumbnails,
+        batch_images=config.evaluation.batch_images,
+    )
 
     training = Training(
         engine,
         run,
         models={"autoencoder": autoencoder},
-        module=module,
+        module=AutoencoderStep(autoencoder),
         profiles=(),
         samples=samples,
         course=Course(
@@ -91,24 +144,79 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         ),
         config=config,
         record={},
+        adversary=adversary,
+        carried=objective.carried | {"best_coverage": health.best_coverage},
+        shown=SHOWN,
     )
 
     def loss_of(model: Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        output = model(batch["x"], batch["posterior_noise"])
-        return autoencoder_loss(output, batch["x"], settings)
+        return objective.autoencoder_loss(model, batch, training.step)
 
-    for _ in training.steps(loss_of):
-        pass
+    if engine.is_main:
+        health.begin(training.step)
+    for step in training.steps(loss_of):
+        objective.settle()
+        if step % settings.check_every_steps == 0 and engine.is_main:
+            training.journal.note(step, health.look(step, autoencoder, training.journal.newest))
 
-    def finish() -> str:
-        with files.whole_folder(run / "autoencoder") as aside:
-            autoencoder.save_pretrained(aside)
-        write_status(run, "done", step=settings.steps)
-        return weights_sha256(autoencoder)
-
-    digest = engine.main_does(finish)
+    weights = training.learner.whole("autoencoder")
+    digest = engine.main_does(partial(finish, config, autoencoder, weights))
     if engine.is_main:
         program.say(f"the autoencoder {digest[:12]} is in {run / 'autoencoder'}")
+
+
+def check_game(config: Config, rules: AdversaryConfig, engine: Engine) -> None:
+    """Raise UsageError where the discriminator can't play."""
+    if engine.strategy != "ddp":
+        raise UsageError(
+            f"vae.train.adversary: engine.strategy={engine.strategy} came, ddp was wanted: two networks learn in "
+            "turns, each through the other, which weights in parts don't allow; an autoencoder fits a GPU whole"
+        )
+    smallest, key = config.data.image_size, "data.image_size"
+    if config.vae.train.equivariance_share:
+        smallest, key = smallest // 4, "vae.train.equivariance_share shrinks images to a quarter:"
+    wanted = rules.discriminator.smallest_side
+    if smallest < wanted:
+        raise UsageError(
+            f"vae.train.adversary.discriminator.num_downsamplings={rules.discriminator.num_downsamplings} wants images "
+            f"of at least {wanted} pixels, {key} {smallest} came; have fewer"
+        )
+    if rules.class_conditional and not config.conditioning.has_class:
+        raise UsageError("vae.train.adversary.class_conditional wants classes; conditioning.kind=text has none")
+
+
+def adversary_of(rules: AdversaryConfig, discriminator: PatchDiscriminator, objective: Objective) -> Adversary:
+    """The discriminator as the training's second player."""
+    return Adversary(
+        name="discriminator",
+        model=discriminator,
+        rule=UpdateRule(
+            betas=(rules.beta1, rules.beta2), eps=1e-8, weight_decay=0.0, clip_norm=rules.gradient_clip_norm
+        ),
+        learning_rate=rules.learning_rate,
+        loss_of=objective.discriminator_loss,
+        plays=objective.plays,
+    )
+
+
+def images_to_look_at(config: Config) -> NDArray[np.float32]:
+    """Some held-out images, or else some to train on: float32 [N,3,H,W] in [-1,1]."""
+    data = config.data
+    key = "data.train_images" if data.validation_images is None else "data.validation_images"
+    with blame(key):
+        where = data.validation_images or data.train_images[0]
+        return to_unit(read_images(where, size=data.image_size, limit=HEALTH_IMAGES, remote=data.remote).pixels)
+
+
+def finish(config: Config, autoencoder: AutoencoderKL, weights: dict[str, Tensor]) -> str:
+    """Rank 0: the autoencoder of these weights as a diffusers folder; their hash."""
+    run = Path(config.vae.run_dir)
+    finished = cast(AutoencoderKL, AutoencoderKL.from_config(autoencoder.config))
+    finished.load_state_dict(weights)
+    with files.whole_folder(run / "autoencoder") as aside:
+        finished.save_pretrained(aside)
+    write_status(run, "done", step=config.vae.train.steps)
+    return weights_sha256(finished)
 
 
 if __name__ == "__main__":

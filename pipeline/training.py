@@ -8,10 +8,11 @@ meanwhile the weights are guarded on the device.  Before a checkpoint all is rea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +30,12 @@ from pipeline.engine import Engine
 from pipeline.errors import PreemptedError, RunError, UsageError
 from pipeline.fitting import largest_that_fits
 from pipeline.journal import Journal, Taken
-from pipeline.learner import Learner, Model
+from pipeline.learner import Learner, LossOf, Model
 from pipeline.optim import UpdateRule
 from pipeline.run_folder import write_status
 from pipeline.saving import Saver
 from pipeline.stopping import REASONS, Stopping
 from pipeline.watchdog import Watchdog
-
-LossOf = Callable[[Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,18 @@ class Course:
         return share
 
 
+@dataclass(frozen=True)
+class Adversary:
+    """What learns against the models that are trained: it steps after them, on what they have just made."""
+
+    name: str  # of its folder in a checkpoint, and of its figures
+    model: Model
+    rule: UpdateRule
+    learning_rate: float
+    loss_of: LossOf  # of a batch that the other loss has seen, and may have left things in
+    plays: Callable[[int], bool]  # whether it steps in a step, 0 the first
+
+
 class Training:
     """A learner on its way: its place in the data, its steps, its run folder."""
 
@@ -75,15 +86,19 @@ class Training:
         course: Course,
         config: Config,
         record: dict[str, Any],
+        adversary: Adversary | None = None,
+        carried: Mapping[str, Tensor] | None = None,
+        shown: Sequence[str] = (),
     ) -> None:
         """Take up the newest whole checkpoint in RUN/checkpoints, or begin.
 
-        `models`, `module`: see Learner.  `record`: JSON that each checkpoint's state carries.  Raises UsageError where
-        a checkpoint belongs to other data.
+        `models`, `module`: see Learner.  `record`: JSON that each checkpoint's state carries and a resumed run must
+        find alike.  `carried`: scalars that one step hands to the next, saved and filled in again.  `shown`: parts of
+        the loss that the progress bar tells.  Raises UsageError where a checkpoint belongs to other data.
         """
         check_ranks(engine.num_ranks, lanes=samples.lanes, global_batch=course.global_batch_images)
         self.engine, self.run, self.samples, self.course = engine, run, samples, course
-        self.config, self.record = config, record
+        self.config, self.record, self.carried = config, record, dict(carried or {})
         self.step, self.num_spikes, self.micro, replaced = 0, 0, 0, Count()
         self.data = DataState(
             position=0,
@@ -109,8 +124,16 @@ class Training:
         if profiles:
             engine.main_does(lambda: self._set_snapshots_back(found))
         self.learner = Learner(engine, models, module, profiles, rule=course.rule, config=config.engine)
+        self.learners, self.adversary = [self.learner], adversary
+        if adversary is not None:
+            its = {adversary.name: adversary.model}
+            self.learners.append(
+                Learner(
+                    engine, its, adversary.model, (), rule=adversary.rule, config=config.engine, state_key="adversary"
+                )
+            )
         if found:
-            self.learner.take_up(found)
+            self._take_up(found)
         self.saver = Saver(run / "checkpoints", rank=engine.rank, num_ranks=engine.num_ranks)
         self.journal = Journal(
             engine,
@@ -119,8 +142,16 @@ class Training:
             name=", ".join(models),
             images_per_step=course.global_batch_images,
             total_steps=course.steps,
+            shown=shown,
         )
         self.journal.begin(self.step, self.data.position, replaced)
+
+    def _take_up(self, found: Checkpoint) -> None:
+        """All that learns, and what its steps hand on, as a checkpoint has it."""
+        for learner in self.learners:
+            learner.take_up(found)
+        for name, value in self.carried.items():
+            value.fill_(found.state["carried"][name])
 
     def _check_record(self, found: Checkpoint) -> None:
         """Raise UsageError where a checkpoint was made of other latents, weights or words than the run has now."""
@@ -223,26 +254,26 @@ class Training:
 
     def _take(self, loaded: Sequence[tuple[Batch, list[BadSample]]], loss_of: LossOf, stop_code: int) -> Taken:
         """One optimizer step; nothing of it is waited for."""
-        engine, wrapped, num_micro = self.engine, self.learner.wrapped, len(loaded)
-        learning_rate = self.course.learning_rate(self.step)
-        sums: dict[str, Tensor] = {}
-        for i, (batch, _) in enumerate(loaded):
-            with wrapped.micro_batch(last=i == num_micro - 1):
-                loss, parts = loss_of(wrapped.model, engine.to_device(batch))
-                wrapped.backward(loss / num_micro)
-            for name, value in {"loss": loss, **parts}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double() / (num_micro * engine.num_ranks)
-        report = wrapped.step(learning_rate)
-        self.learner.ema.update(wrapped.weights(), self.step)
+        num_micro, learning_rate = len(loaded), self.course.learning_rate(self.step)
+        batches: Iterable[Batch] = (self.engine.to_device(batch) for batch, _ in loaded)
+        if self.adversary is not None:
+            batches = list(batches)  # for two
+        found = self.learner.step(batches, num_micro, loss_of, learning_rate=learning_rate, steps_before=self.step)
+        loss = found["loss"]
+        if self.adversary is not None and self.adversary.plays(self.step):
+            its = self.learners[1].step(
+                batches,
+                num_micro,
+                self.adversary.loss_of,
+                learning_rate=self.adversary.learning_rate,
+                steps_before=self.step,
+            )
+            found["not_finite"] = found["not_finite"] | its.pop("not_finite")
+            found |= {f"{self.adversary.name}/{name}": value for name, value in its.items()}
         replaced = [bad for _, of_batch in loaded for bad in of_batch]
-        scale = {"loss_scale": wrapped.loss_scale.scale / engine.num_ranks} if wrapped.loss_scale else {}
-        summed = engine.sum_later(
+        summed = self.engine.sum_later(
             {
-                **sums,
-                **scale,
-                "grad_norm": report.grad_norm / engine.num_ranks,
-                "not_finite": ~report.finite,
-                "skipped": report.skipped / engine.num_ranks,
+                **found,
                 "replaced": len(replaced),
                 "save_failed": self.saver.failed(),
                 **{reason: stop_code == code for code, reason in enumerate(REASONS, start=1)},
@@ -251,7 +282,7 @@ class Training:
         position = self.data.position
         self.step += 1
         self.data = replace(self.data, position=position + self.course.global_batch_images)
-        return Taken(self.step, position, learning_rate, replaced, sums["loss"], summed)
+        return Taken(self.step, position, learning_rate, replaced, loss, summed)
 
     def _read(self, taken: Taken) -> None:
         """What a step found.  Before an error ends the run, the checkpoint under way is finished."""
@@ -276,7 +307,7 @@ class Training:
         if found is None or self.num_spikes > most:
             why = "there is no checkpoint to go back to" if found is None else f"train.max_spikes is {most}"
             raise self.engine.common(RunError(f"{spike.told}: spike number {self.num_spikes}, and {why}"))
-        self.learner.take_up(found)
+        self._take_up(found)
         self.step = found.step
         self.journal.begin(self.step, self.data.position, self.journal.quarantine.count)
         row = {"step": spike.step, "back_to_step": self.step, "position": self.data.position, "why": spike.told}
@@ -318,14 +349,16 @@ class Training:
             "quarantine": asdict(self.journal.quarantine.count),
             "num_spikes": self.num_spikes,
             "micro_batch_images": self.micro,
-            "optimizer": self.learner.optimizer_state(),
+            "carried": {name: float(value) for name, value in self.carried.items()},
+            **{learner.state_key: learner.optimizer_state() for learner in self.learners},
             **self.record,
         }
+        documents = {"state.json": checkpoint.state_document(self.step, state)}
         self.saver.begin(
             self.step,
-            self.learner.shapes_by_stem(),
-            self.learner.tensors(),
-            {"state.json": checkpoint.state_document(self.step, state), **self.learner.configs()},
+            {stem: shapes for learner in self.learners for stem, shapes in learner.shapes_by_stem().items()},
+            chain.from_iterable(learner.tensors() for learner in self.learners),
+            documents | {path: value for learner in self.learners for path, value in learner.configs().items()},
             on_main=self.engine.main_does,
             done=partial(self._saved, self.step),
         )

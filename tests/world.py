@@ -130,8 +130,12 @@ def run_rank(rank: int, verb: str, words: list[str], ranks: int, port: int, log:
 
 def losses(run: Path) -> list[tuple[int, int, float]]:
     """(step, position, loss) of every row of a run's metrics."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["position"], row["loss"]) for row in rows]
+    return [(row["step"], row["position"], row["loss"]) for row in rows(run) if "loss" in row]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """Every row of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def sealed_again(folder: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Pixelwise = Literal["l1", "l2"]
 
-def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: Literal["l1", "l2"]) -> Tensor:
+
+def reconstruction_loss(x_hat: Tensor, x: Tensor, kind: Pixelwise) -> Tensor:
     """Pixel error: mean over C, H and W of |x_hat - x| (l1) or its square (l2).
 
     x_hat, x [B,3,H,W] in [-1,1] units → [B]; at least fp32.
@@ -80,7 +82,6 @@ class SpatialTransform:
     def to_sides(self, images: Tensor, height: int, width: int) -> Tensor:
         """τ, but for the size that comes out: [B,C,H,W] → [B,C,height,width].
 
-        Images go to f times the size of τ∘z, for where scale · h is no whole number the factor is h'/h and not `scale`.
         Bilinear between the centres of pixels, and no filter before, as the authors have it.
         """
         wanted = (width, height) if self.quarter_turns % 2 else (height, width)
@@ -88,23 +89,18 @@ class SpatialTransform:
             images = functional.interpolate(images, size=wanted, mode="bilinear", align_corners=False)
         return images.rot90(self.quarter_turns, dims=(-2, -1))
 
+    def of_images(self, x: Tensor, *, latents: tuple[int, int]) -> Tensor:
+        """τ∘x, what D(τ∘E(x)) is to give: f times as large as τ∘z, without gradient, at least fp32.
 
-def equivariance_loss(
-    x_hat: Tensor, x: Tensor, transform: SpatialTransform, kind: Literal["l1", "l2"], *, latents: tuple[int, int]
-) -> Tensor:
-    """The pixel error of D(τ∘E(x)) against τ∘x: EQ-VAE (Kouzelis et al. 2025), its reconstruction term.
+        For where scale · h is no whole number the factor is h'/h and not `scale`.  A loss between the two is EQ-VAE's
+        (Kouzelis et al. 2025, section 3.2), whose gradient reaches decoder and encoder.
 
-    x_hat [B,3,H',W']: decoded from `transform.of_latents(z)`, z ~ q(z|x), so that the gradient reaches decoder and
-    encoder; x [B,3,H,W] in [-1,1] units, a target without gradient; latents: h, w of z → [B], at least fp32.
-
-    Raises ValueError: x not of f·h by f·w pixels with a whole f, x_hat not as large as f times τ∘z.
-    """
-    factor = x.shape[-1] // latents[1]
-    if [*x.shape[-2:]] != [factor * side for side in latents]:
-        raise ValueError(f"images {list(x.shape)} of latents {list(latents)} came, a whole multiple of both is wanted")
-    height, width = (factor * side for side in transform.sides(*latents))
-    wanted = [*x.shape[:2], height, width]
-    if list(x_hat.shape) != wanted:
-        raise ValueError(f"reconstruction {list(x_hat.shape)} came, {wanted} is wanted by {transform}")
-    exact = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return reconstruction_loss(x_hat, transform.to_sides(exact, height, width), kind)
+        x [B,3,H,W]; latents: h, w of z → [B,3,fh',fw'].  ValueError: x not of f·h by f·w pixels with a whole f.
+        """
+        factor = x.shape[-1] // latents[1]
+        if [*x.shape[-2:]] != [factor * side for side in latents]:
+            raise ValueError(
+                f"images {list(x.shape)} of latents {list(latents)} came, a whole multiple of both is wanted"
+            )
+        exact = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        return self.to_sides(exact, *(factor * side for side in self.sides(*latents)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,23 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 
+def upcast(vae: AutoencoderKL, device_type: str) -> AbstractContextManager[object]:
+    """Where an autoencoder computes in fp32 though fp16 was asked for: its config's `force_upcast`.
+
+    SDXL's overflows in fp16.  bf16 has fp32's range, and is left alone.
+    """
+    in_fp16 = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+    return torch.autocast(device_type, enabled=False) if in_fp16 and vae.config["force_upcast"] else nullcontext()
+
+
 def encode_moments(vae: AutoencoderKL, x: Tensor) -> Tensor:
     """q(z|x) = N(mean, diag exp(logvar)) of images.
 
     x [B,3,H,W] in [-1,1] → [B,2C,h,w], mean ‖ logvar, with logvar clipped to [-30, 20] as diffusers does.
-    At least fp32, also where autocast computes in less.
+    At least fp32, also where autocast computes in less; in fp16 only where the autoencoder can (`upcast`).
     """
-    posterior = vae.encode(x).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    with upcast(vae, x.device.type):
+        posterior = vae.encode(x).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
     return moments.to(torch.promote_types(moments.dtype, torch.float32))
 

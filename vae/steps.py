@@ -1,4 +1,4 @@
-"""One training step of the autoencoder: images to reconstruction and moments, those to a loss."""
+"""The autoencoder's forward pass in training: images to moments, a draw of them, and back."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import NamedTuple
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from vae.config import VaeTrainConfig
-from vae.losses import kl_divergence, reconstruction_loss
-from vae.moments import encode_moments, sample_posterior
+from vae.losses import SpatialTransform
+from vae.moments import encode_moments, sample_posterior, upcast
 
 
 class AutoencoderOutput(NamedTuple):
     """What a forward pass gives."""
 
-    x_hat: Tensor  # [B,3,H,W] in units of [-1,1]
+    x_hat: Tensor  # [B,3,H,W] in units of [-1,1]; of another size after a transform
     moments: Tensor  # [B,2C,h,w], mean ‖ logvar
 
 
@@ -30,28 +29,16 @@ class AutoencoderStep(nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, x: Tensor, noise: Tensor) -> AutoencoderOutput:
-        """x [B,3,H,W] in [-1,1]; noise [B,C,h,w] from N(0, I), which the caller draws by (seed, position).
+    def forward(self, x: Tensor, noise: Tensor, transform: SpatialTransform | None = None) -> AutoencoderOutput:
+        """x [B,3,H,W] in [-1,1]; noise [B,C,h,w] from N(0, I); transform: what z goes through before it is decoded.
 
-        z is drawn in fp32 and decoded in x's dtype, which is that of weights kept in bf16.
+        The caller draws both by (seed, position).  z is drawn in fp32 and decoded in x's dtype, which is that of
+        weights kept in bf16.
         """
         moments = encode_moments(self.autoencoder, x)
         z = sample_posterior(moments, noise)
-        decoded = self.autoencoder.decode(z.to(x.dtype))  # pyright: ignore[reportArgumentType]
+        if transform is not None:
+            z = transform.of_latents(z)
+        with upcast(self.autoencoder, x.device.type):
+            decoded = self.autoencoder.decode(z.to(x.dtype))  # pyright: ignore[reportArgumentType]
         return AutoencoderOutput(decoded.sample, moments)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def autoencoder_loss(output: AutoencoderOutput, x: Tensor, config: VaeTrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """reconstruction + kl_weight · KL: Rombach et al. 2022, eq. 25, without the adversary.
-
-    The reconstruction error is a mean over pixel channels and the KL one over latent elements (in nats), so a
-    weight means the same at any batch and image size.  Elsewhere the KL is summed over a latent: a weight w of
-    diffusers (mean reconstruction) is kl_weight = w · Chw here, one of CompVis (summed) w · Chw / 3HW.
-
-    x [B,3,H,W] in [-1,1] → the mean over the batch, and detached parts: `reconstruction`, `kl_nats_per_element`.
-    """
-    reconstruction = reconstruction_loss(output.x_hat, x, config.reconstruction).mean()
-    num_elements = output.moments[0].numel() // 2  # Chw
-    kl = kl_divergence(output.moments).mean() / num_elements
-    parts = {"reconstruction": reconstruction.detach(), "kl_nats_per_element": kl.detach()}
-    return reconstruction + config.kl_weight * kl, parts

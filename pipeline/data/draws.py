@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     LIKELIHOOD_TIMESTEPS = 15
     LIKELIHOOD_NOISE = 16
     LIKELIHOOD_PROBE = 17
+    TRANSFORM = 18
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:

@@ -76,6 +76,25 @@ class PosteriorNoise:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """`transform` float64 [2]: scale and quarter turns that an autoencoder's training puts latents through.
+
+    One for all of a global batch, in `share` of the steps; (1, 0) in the others.  As EQ-VAE (Kouzelis et al. 2025)
+    draws them: a scale of 8/32 to 31/32, and 1 to 3 turns.
+    """
+
+    seed: int
+    global_batch: int
+    share: float
+
+    def __call__(self, position: int, parts: Parts) -> dict[str, Any]:
+        del parts
+        u = draws.uniforms(self.seed, Purpose.TRANSFORM, position // self.global_batch, 3)
+        drawn = (8 + int(24 * u[1])) / 32, 1 + int(3 * u[2])
+        return {"transform": np.array(drawn if u[0] < self.share else (1, 0), dtype=np.float64)}
+
+
+@dataclass(frozen=True)
 class Diffusion:
     """`eps` float32 [C,h,w], and `u` float64 in [0,1), the timestep's draw, stratified over the global batch or not."""
 

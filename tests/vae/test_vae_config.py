@@ -36,7 +36,7 @@ def test_unknown_keys_are_refused(section: type[BaseModel]) -> None:
         (VaeTrainConfig, {"learning_rate": 0}, "greater than 0"),
         (VaeTrainConfig, {"kl_weight": -1e-6}, "greater than or equal to 0"),
         (VaeTrainConfig, {"steps": -1}, "greater than or equal to 0"),
-        (VaeTrainConfig, {"reconstruction": "l3"}, "'l1' or 'l2'"),
+        (VaeTrainConfig, {"reconstruction": "l3"}, "'l1', 'l2' or 'gaussian'"),
         (DiscriminatorConfig, {"num_downsamplings": 0}, "greater than or equal to 1"),
         (VaeTrainConfig, {"global_batch_images": 8, "micro_batch_images": 3}, "3 came, a divisor"),
     ],
