@@ -20,7 +20,7 @@ ROOT = Path(pipeline.__file__).resolve().parents[1]
 # The autoencoder as a model, below everything: it knows nothing of pipeline/.
 VAE = """
     vae vae.config vae.discriminator vae.evidence vae.folding vae.game vae.likelihood vae.losses vae.metrics vae.model
-    vae.moments vae.steps
+    vae.moments vae.perceptual vae.steps
 """
 LAYERS = {
     "L0 words": """
