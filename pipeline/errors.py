@@ -24,13 +24,13 @@ class PreemptedError(Exception):
 
 @contextmanager
 def blame(where: str) -> Generator[None]:
-    """Let a UsageError from the block begin with `where`, and make one of an OSError or ValueError.
+    """Let a UsageError from the block begin with `where`, and make one of an OSError, ValueError or ImportError.
 
     A model library knows that a file is missing; only its caller knows which setting named the file.
     """
     try:
         yield
-    except (UsageError, OSError, ValueError) as error:
+    except (UsageError, OSError, ValueError, ImportError) as error:
         said = str(error)
         kind = type(error) if isinstance(error, UsageError) else UsageError
         raise kind(said if said.startswith(where) else f"{where}: {said}") from error

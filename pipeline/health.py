@@ -94,12 +94,11 @@ class Health:
 
     @torch.no_grad()
     def _coverage(self, vae: AutoencoderKL, images: NDArray[np.float32]) -> float:
-        like = next(vae.parameters())
         real: list[Tensor] = []
         fake: list[Tensor] = []
         for start in range(0, len(images), self.batch_images):
-            x = torch.from_numpy(images[start : start + self.batch_images]).to(like.device)
-            x_hat = reconstruct(vae, x.to(like.dtype)).clamp(-1, 1)
+            x = torch.from_numpy(images[start : start + self.batch_images]).to(vae.device)
+            x_hat = reconstruct(vae, x).clamp(-1, 1)
             real.append(self.features(x).float().cpu())
             fake.append(self.features(x_hat).float().cpu())
         return density_coverage(torch.cat(real).numpy(), torch.cat(fake).numpy())[1]

@@ -19,8 +19,8 @@ ROOT = Path(pipeline.__file__).resolve().parents[1]
 
 # The autoencoder as a model, below everything: it knows nothing of pipeline/.
 VAE = """
-    vae vae.config vae.discriminator vae.evidence vae.folding vae.game vae.likelihood vae.losses vae.metrics vae.model
-    vae.moments vae.perceptual vae.steps
+    vae vae.config vae.discriminator vae.evidence vae.folding vae.game vae.likelihood vae.losses vae.metrics
+    vae.model vae.moments vae.objective vae.perceptual vae.steps
 """
 LAYERS = {
     "L0 words": """
@@ -49,7 +49,7 @@ LAYERS = {
         pipeline.strategies.masters pipeline.strategies.ddp pipeline.strategies.zero pipeline.strategies.fsdp2
         pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
-        pipeline.training pipeline.sampler pipeline.bounds pipeline.model_card
+        pipeline.training pipeline.health pipeline.sampler pipeline.bounds pipeline.model_card
         pipeline.asking pipeline.image_files pipeline.drawing
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding

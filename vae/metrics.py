@@ -16,9 +16,9 @@ from vae.moments import encode_moments
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """x_hat from the posterior's mean, so without chance.  x, x_hat [B,3,H,W], x in [-1,1]."""
-    mean, _ = encode_moments(vae, x).chunk(2, dim=1)  # [B,C,h,w]
-    return vae.decode(mean).sample.float()  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    """x_hat from the posterior's mean, so without chance.  x, x_hat [B,3,H,W], x in [-1,1]; in the weights' dtype."""
+    mean, _ = encode_moments(vae, x.to(vae.dtype)).chunk(2, dim=1)  # [B,C,h,w]
+    return vae.decode(mean.to(vae.dtype)).sample.float()  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
