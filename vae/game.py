@@ -9,7 +9,7 @@ A discriminator is passed in: any module that takes images, and classes or None,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -116,39 +116,20 @@ def adversarial_weight(step: int, *, weight: float, start_step: int) -> float:
 def last_layer_gradients(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """∇_L of both losses, flat: scalars and the weight of the decoder's last layer → [2,N], at least fp32, detached.
 
-    The graph is kept for the step itself, and no `.grad` is touched.
+    Those of micro-batches add up, and their mean over the ranks is that of the global batch.  The norms' is not: they
+    are larger, by as much as the ranks disagree.  The graph is kept for the step itself, and no `.grad` is touched.
     """
     rows = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
     return torch.stack([_at_least_float32(row).flatten() for row in rows])
 
 
 def balance(gradients: Tensor, *, largest: float = 1e4, delta: float = 1e-6) -> Tensor:
-    """λ = ‖∇_L rec‖ / (‖∇_L adv‖ + δ), VQGAN (Esser et al. 2021) eq. 7, at most `largest`.  [2,N] → scalar."""
+    """λ = ‖∇_L rec‖ / (‖∇_L adv‖ + δ), VQGAN (Esser et al. 2021) eq. 7, at most `largest`: both losses then pull alike.
+
+    gradients [2,N], of the whole global batch (`last_layer_gradients`) → scalar, detached.
+    """
     of_reconstruction, of_adversarial = torch.linalg.vector_norm(gradients, dim=1)
     return (of_reconstruction / (of_adversarial + delta)).clamp(max=largest).detach()
-
-
-def adaptive_weight(
-    reconstruction: Tensor,
-    adversarial: Tensor,
-    last_layer: Tensor,
-    *,
-    all_reduced: Callable[[Tensor], Tensor] | None = None,
-    largest: float = 1e4,
-    delta: float = 1e-6,
-) -> Tensor:
-    """λ of this batch, with which both losses pull equally at the decoder's last layer: `balance` of its gradients.
-
-    all_reduced: the mean of a tensor over the ranks, None for one rank.  It's given the gradients, [2,N], not their
-    norms: the gradient of the global batch is the mean of the ranks' gradients, and its norm is at most the mean of
-    theirs, by as much as they disagree.  So all ranks, and any number of them, find the same λ.  For micro batches add
-    up `last_layer_gradients` in the same way and take `balance` of the sum.
-
-    reconstruction, adversarial: scalars, means over this rank's images; last_layer: a weight of which both are
-    functions, whole, not a shard → scalar, at least fp32, detached.
-    """
-    gradients = last_layer_gradients(reconstruction, adversarial, last_layer)
-    return balance(gradients if all_reduced is None else all_reduced(gradients), largest=largest, delta=delta)
 
 
 def game_figures(real: Tensor, fake: Tensor) -> dict[str, Tensor]:

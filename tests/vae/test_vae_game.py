@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from pipeline.metrics.manifold import density_coverage
-from vae.config import DiscriminatorConfig, VaeModelConfig, VaeTrainConfig
+from vae.config import DiscriminatorConfig, VaeModelConfig
 from vae.discriminator import PatchDiscriminator, build_discriminator
 from vae.game import (
     Game,
-    adaptive_weight,
     adversarial_weight,
     balance,
     collapsed_coverage,
@@ -33,12 +32,18 @@ from vae.game import (
     r1_penalty,
     saturated_discriminator,
 )
-from vae.losses import kl_per_channel
+from vae.losses import kl_of_elements, kl_per_channel, reconstruction_loss
 from vae.model import build
-from vae.steps import AutoencoderStep, autoencoder_loss
+from vae.steps import AutoencoderOutput, AutoencoderStep
 
 TINY = VaeModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
 SMALL = DiscriminatorConfig(base_channels=8, num_downsamplings=1)
+
+
+def autoencoder_loss(output: AutoencoderOutput, x: Tensor, kl_weight: float = 1e-3) -> Tensor:
+    return reconstruction_loss(output.x_hat, x, "l2").mean() + kl_weight * kl_of_elements(output.moments).mean()
+
+
 every_game = pytest.mark.parametrize("game", ["minimax", "hinge"])
 
 # Two pairs of laws on a line, by their densities on a grid.
@@ -261,9 +266,9 @@ def test_with_the_adaptive_weight_both_losses_pull_alike(game: Game) -> None:
     step, discriminator = players()
     x, noise = batch(4)
     output = step(x, noise)
-    loss, _ = autoencoder_loss(output, x, VaeTrainConfig())
+    loss = autoencoder_loss(output, x)
     adversarial = generator_loss(judge(discriminator, output.x_hat), game)
-    weight = adaptive_weight(loss, adversarial, last_layer(step), delta=0.0)
+    weight = balance(last_layer_gradients(loss, adversarial, last_layer(step)), delta=0.0)
     (of_loss,) = torch.autograd.grad(loss, last_layer(step), retain_graph=True)
     (of_game,) = torch.autograd.grad(weight * adversarial, last_layer(step), retain_graph=True)
     print(f"{game}: weight {weight.item():.4f}, norms {of_loss.norm().item():.7f} and {of_game.norm().item():.7f}")
@@ -291,22 +296,13 @@ def test_ranks_that_average_gradients_find_the_weight_of_the_whole_batch() -> No
 
     def losses(share: slice) -> tuple[Tensor, Tensor]:
         output = step(x[share], noise[share])
-        loss, _ = autoencoder_loss(output, x[share], VaeTrainConfig())
+        loss = autoencoder_loss(output, x[share])
         return loss, generator_loss(judge(discriminator, output.x_hat), "hinge")
 
-    whole = adaptive_weight(*losses(slice(0, 6)), last_layer(step)).item()
+    whole = balance(last_layer_gradients(*losses(slice(0, 6)), last_layer(step))).item()
     shares = [slice(0, 3), slice(3, 6)]
     of_ranks = torch.stack([last_layer_gradients(*losses(share), last_layer(step)) for share in shares])
-    for rank, share in enumerate(shares):
-
-        def all_reduced(own: Tensor, rank: int = rank) -> Tensor:
-            assert torch.equal(own, of_ranks[rank])
-            return of_ranks.mean(dim=0)
-
-        found = adaptive_weight(*losses(share), last_layer(step), all_reduced=all_reduced).item()
-        assert found == pytest.approx(whole, rel=1e-10)
-    # Micro batches add up in the same way.
-    assert balance(of_ranks.sum(dim=0) / 2).item() == pytest.approx(whole, rel=1e-10)
+    assert balance(of_ranks.mean(dim=0)).item() == pytest.approx(whole, rel=1e-10)
     norms = of_ranks.norm(dim=2)  # [ranks,2]
     of_norms, of_squares = norms.mean(0), norms.square().mean(0).sqrt()
     wrong = [(of_norms[0] / of_norms[1]).item(), (of_squares[0] / of_squares[1]).item()]
@@ -388,10 +384,10 @@ def play(x: Tensor, *, num_steps: int, decoder_learns: bool, gamma: float) -> li
         part = x[(i * 16) % len(x) :][:16].clone().requires_grad_()
         noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(i))
         output = step(part.detach(), noise)
-        loss, _ = autoencoder_loss(output, part.detach(), VaeTrainConfig())
+        loss = autoencoder_loss(output, part.detach())
         adversarial = generator_loss(judge(discriminator, output.x_hat), "hinge")
         weight = adversarial_weight(i, weight=0.5, start_step=10)
-        weight *= adaptive_weight(loss, adversarial, last_layer(step))
+        weight *= balance(last_layer_gradients(loss, adversarial, last_layer(step)))
         optimizers[0].zero_grad()
         (loss + weight * adversarial).backward()
         optimizers[0].step()
@@ -487,7 +483,7 @@ def kl_of_training(x: Tensor, kl_weight: float) -> list[list[float]]:
         noise = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(i))
         output = step(part, noise)
         optimizer.zero_grad()
-        autoencoder_loss(output, part, VaeTrainConfig(kl_weight=kl_weight))[0].backward()
+        autoencoder_loss(output, part, kl_weight).backward()
         optimizer.step()
         rows.append(kl_per_channel(output.moments).tolist())
     return rows

@@ -12,7 +12,8 @@ from torch import Tensor
 from vae.config import VaeModelConfig, VaeTrainConfig
 from vae.metrics import psnr, reconstruct, seam_gradient, tiling_seams
 from vae.model import build
-from vae.steps import AutoencoderStep, autoencoder_loss
+from vae.objective import Objective
+from vae.steps import AutoencoderStep
 
 
 def test_psnr_is_the_formula_per_image() -> None:
@@ -68,7 +69,8 @@ def trained() -> AutoencoderKL:
     step, optimizer = AutoencoderStep(vae), torch.optim.Adam(vae.parameters(), 4e-3)
     for _ in range(60):
         x = waves(8, 32, generator)
-        loss, _ = autoencoder_loss(step(x, torch.randn(8, 4, 8, 8, generator=generator)), x, VaeTrainConfig())
+        given = {"x": x, "posterior_noise": torch.randn(8, 4, 8, 8, generator=generator)}
+        loss, _ = Objective(VaeTrainConfig(), vae).autoencoder_loss(step, given, 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
