@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     LIKELIHOOD_TIMESTEPS = 15
     LIKELIHOOD_NOISE = 16
     LIKELIHOOD_PROBE = 17
+    EVIDENCE_POSTERIOR = 20
+    EVIDENCE_FIT = 21
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:
