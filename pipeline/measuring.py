@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pipeline.errors import SampleError, UsageError, blame
 from pipeline.metrics.classifier import ImageClassifier
 from pipeline.metrics.pictures import interpolations_picture, readable_scale, reconstructions_picture
 from pipeline.real_images import read_sets, stream_images, tell_bad
-from pipeline.reconstruction import Autoencoder, Distance, Reconstructed
+from pipeline.reconstruction import Autoencoder, Bounds, Distance, Reconstructed
 from vae.channels import DEAD_NATS, ChannelStatistics, mixed_channels
 from vae.game import collapsed_posterior
 from vae.metrics import ssim_window
@@ -59,32 +60,31 @@ def measure(
     Raises UsageError: a network that doesn't fit the images, images that can't be read, values that aren't finite.
     """
     refuse_misfit(vae, config.data.image_size)
+    held_out = config.data.validation_images
+    if held_out is not None:
+        with blame("data.validation_images"):
+            ShardSet(held_out, open_shards=1, remote=config.data.remote)  # now, not after a pass over a large set
     Module.to(vae, engine.device)
     statistics = stream_statistics(engine, vae, config)
 
     def on_main() -> Scores:
         scores = {"vae_sha256": weights_sha256(vae), **latent_scores(statistics, config.data.weights or (1.0,))}
-        autoencoder = Autoencoder(vae, config.seed, config.evaluation.batch_images)
         train = read_sets("data.train_images", config.data.train_images, config)
-        key = "data.validation_images" if config.data.validation_images else "data.train_images"
-        if config.data.validation_images is None:
-            program.say("data.validation_images: null, so reconstructions and the bound are of training images")
-            measured = train.pixels
+        if held_out is None:
+            program.say("data.validation_images: null came, so reconstructions and the bound are of training images")
+            key, measured = "data.train_images", train.pixels
         else:
-            measured = read_sets(key, (config.data.validation_images,), config).pixels
+            key = "data.validation_images"
+            measured = read_sets(key, (held_out,), config).pixels
+        scores["images"] = key
+        autoencoder = Autoencoder(vae, config.seed, config.evaluation.batch_images)
         classifier = fit_classifier(train.pixels, train.labels, config.seed)
         with blame("vae.path"):
             found = autoencoder.reconstruct_all(measured, classifier, perceptual)
+            scores |= reconstruction_scores(found, config.data.image_size)
             log_variance = autoencoder.fitted_log_variance(train.pixels)
-        scores |= {"images": key, **reconstruction_scores(found, config.data.image_size)}
-        bounds = autoencoder.bounds(measured, log_variance, num_images=bound_images, num_draws=bound_draws)
-        scores |= {"bound/num_images": len(bounds.elbo), "bound/num_draws": bound_draws}
-        scores["bound/decoder_std_levels"] = float(np.exp(log_variance / 2) * 127.5)
-        for name, nats in (("elbo", bounds.elbo), ("iwae", bounds.iwae)):
-            scores |= with_error(f"bound/{name}_nats_per_image", nats)
-            scores |= with_error(f"bound/{name}_bits_per_dim", bounds.bits_per_dim(nats))
-        scores |= with_error("bound/iwae_less_elbo_nats_per_image", bounds.iwae - bounds.elbo)
-        scores |= with_error("bound/kl_nats_per_image", bounds.kl)
+            bounds = autoencoder.bounds(measured, log_variance, num_images=bound_images, num_draws=bound_draws)
+            scores |= bound_scores(bounds, bound_draws)
         draw_reconstructions(folder / "reconstructions.png", autoencoder, measured, found.psnr_db, key)
         draw_interpolations(folder / "interpolations.png", autoencoder, measured, key)
         files.write_json(folder / "scores.json", scores)
@@ -168,7 +168,7 @@ def latent_scores(statistics: Sequence[ChannelStatistics], weights: Sequence[flo
     }
 
 
-# Reconstructions ----------------------------------------------------------------------------------
+# Reconstructions and the bound --------------------------------------------------------------------
 
 
 def fit_classifier(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, seed: int) -> ImageClassifier | None:
@@ -198,8 +198,28 @@ def reconstruction_scores(found: Reconstructed, image_size: int) -> Scores:
     return scores
 
 
+def bound_scores(bounds: Bounds, num_draws: int) -> Scores:
+    """Means over the images with their standard errors; of the difference too, for both are of the same draws."""
+    scores: Scores = {"bound/num_images": len(bounds.elbo), "bound/num_draws": num_draws}
+    scores["bound/decoder_std_levels"] = math.exp(bounds.log_variance / 2) * 127.5
+    for name, nats in (("elbo", bounds.elbo), ("iwae", bounds.iwae)):
+        scores |= with_error(f"bound/{name}_nats_per_image", nats)
+        scores |= with_error(f"bound/{name}_bits_per_dim", bounds.bits_per_dim(nats))
+    scores |= with_error("bound/iwae_less_elbo_nats_per_image", bounds.iwae - bounds.elbo)
+    return scores | with_error("bound/kl_nats_per_image", bounds.kl)
+
+
 def with_error(name: str, values: Tensor) -> Scores:
-    """The mean of one number for each image, and its standard error where there are two images or more."""
+    """The mean of one number for each image, and its standard error where there are two images or more.
+
+    Raises UsageError where one isn't finite.
+    """
+    if not values.isfinite().all():
+        broken = (~values.isfinite()).nonzero().flatten().tolist()
+        raise UsageError(
+            f"{name} is not finite for {len(broken)} of {len(values)} images, first number {broken[0]} from 0; name an "
+            "autoencoder whose training went well"
+        )
     if len(values) < 2:
         return {name: float(values.mean())}
     mean, error = average(values)
