@@ -11,6 +11,7 @@ VERBS = {
     "prepare": "pictures → image shards",
     "index": "check and index a folder of shards",
     "train-vae": "train the autoencoder",
+    "measure-vae": "measure an autoencoder: latents, reconstructions, bound, pictures",
     "encode": "image shards → latent shards",
     "train": "train the diffusion model",
     "ema": "snapshots of averages → an average of another length",

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from pipeline.engine import Engine
 from pipeline.text import TextEncoders
 from vae.moments import MomentStatistics, encode_moments
 
+Read = TypeVar("Read")
 KEPT = frozenset({"cls", "txt", "json"})  # parts of an image sample that its latents keep
 
 
@@ -130,18 +131,18 @@ def _add(
 
 def read_ahead(
     samples: Iterable[tuple[str, dict[str, bytes]]],
-    read: Callable[[str, dict[str, bytes]], Ready],
+    read: Callable[[str, dict[str, bytes]], Read],
     *,
     workers: int,
     ahead: int,
-) -> Iterator[tuple[str, Ready | ValueError]]:
+) -> Iterator[tuple[str, Read | ValueError]]:
     """Key and what was read of each sample, or why it can't be used, in order.
 
     `workers` threads decode (Pillow lets go of Python's lock), at most `ahead` samples before they are asked for; with
     none, this thread does.
     """
 
-    def look(key: str, parts: dict[str, bytes]) -> Ready | ValueError:
+    def look(key: str, parts: dict[str, bytes]) -> Read | ValueError:
         try:
             return read(key, parts)
         except ValueError as error:
@@ -152,7 +153,7 @@ def read_ahead(
             yield key, look(key, parts)
         return
     with images.quiet(), ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[str, Future[Ready | ValueError]]] = deque()
+        waiting: deque[tuple[str, Future[Read | ValueError]]] = deque()
         try:
             for key, parts in samples:
                 waiting.append((key, pool.submit(look, key, parts)))

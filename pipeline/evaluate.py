@@ -29,7 +29,7 @@ from pipeline import files, program, sampler
 from pipeline.bounds import Costs, likelihood_scores
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
-from pipeline.data.dataset import Shown, evenly, read_images, read_told
+from pipeline.data.dataset import evenly, read_told
 from pipeline.data.images import to_unit
 from pipeline.data.index import ShardSet
 from pipeline.engine import Engine
@@ -39,6 +39,7 @@ from pipeline.metrics.neighbours import nearest
 from pipeline.metrics.pictures import neighbours_picture
 from pipeline.metrics.scores import image_scores
 from pipeline.model_card import note_scores
+from pipeline.real_images import read_sets
 from pipeline.run_folder import check_same
 from pipeline.sampler import PASSPORT, Asked
 from vae.metrics import psnr, reconstruct
@@ -189,29 +190,6 @@ def labels_of(asked: Sequence[Asked]) -> NDArray[np.int64] | None:
     """The classes asked for, int64 [N]; None where one has none."""
     labels = [one.label for one in asked]
     return None if None in labels else np.array(labels, dtype=np.int64)
-
-
-def read_sets(key: str, folders: Sequence[str], config: Config) -> Shown:
-    """The samples of sets, as many of each at most; those that can't be read are told and left out."""
-    sets: list[Shown] = []
-    limit = max(1, config.evaluation.max_reference_images // len(folders))
-    for folder in folders:
-        with blame(key):
-            found = read_images(folder, size=config.data.image_size, limit=limit, remote=config.data.remote)
-        sets.append(found)
-        if bad := found.bad:
-            program.say(
-                f"warning: {key}: {len(bad)} of {len(bad) + len(found.pixels)} samples can't be read and are left out; "
-                f"the first: {bad[0].shard}: sample {bad[0].key!r}: {bad[0].reason}"
-            )
-    labels = [each.labels for each in sets if each.labels is not None]
-    captions = [each.captions for each in sets if each.captions is not None]
-    return Shown(
-        np.concatenate([each.pixels for each in sets]),
-        np.concatenate(labels) if len(labels) == len(sets) else None,
-        [text for each in captions for text in each] if len(captions) == len(sets) else None,
-        [bad for each in sets for bad in each.bad],
-    )
 
 
 def mean_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch_images: int) -> float:

@@ -24,11 +24,12 @@ from pipeline.data.index import ShardSet
 from pipeline.run_folder import claim, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("train_vae", "encode", "train", "reconstruct", "export", "sample", "page", "evaluate")
+PROGRAMS = ("train_vae", "measure_vae", "encode", "train", "reconstruct", "export", "sample", "page", "evaluate")
 PURPOSES = {
     "prepare": "Make image shards",
     "index": "Check a folder of WebDataset tars",
     "train-vae": "Train the autoencoder on images",
+    "measure-vae": "Measure an autoencoder",
     "encode": "Encode image shards into latent shards",
     "train": "Train the latent diffusion model",
     "ema": "Average the weights over another length",
@@ -280,7 +281,9 @@ def test_debug_shows_the_traceback_too(do: Do, config: Path, order: list[str]) -
     assert done.err.splitlines()[-1].startswith("error: command line: sed: unknown key")
 
 
-@pytest.mark.parametrize("verb", ["train-vae", "encode", "train", "export", "sample", "page", "evaluate"])
+@pytest.mark.parametrize(
+    "verb", ["train-vae", "measure-vae", "encode", "train", "export", "sample", "page", "evaluate"]
+)
 def test_every_program_refuses_a_config_in_one_line(do: Do, config: Path, verb: str) -> None:
     done = do(verb, config, "vae=3")
     assert (done.code, done.out) == (2, "")

@@ -19,8 +19,8 @@ ROOT = Path(pipeline.__file__).resolve().parents[1]
 
 # The autoencoder as a model, below everything: it knows nothing of pipeline/.
 VAE = """
-    vae vae.config vae.discriminator vae.evidence vae.folding vae.game vae.likelihood vae.losses vae.metrics
-    vae.model vae.moments vae.objective vae.perceptual vae.steps
+    vae vae.channels vae.config vae.discriminator vae.evidence vae.folding vae.game vae.interpolation vae.likelihood
+    vae.losses vae.metrics vae.model vae.moments vae.objective vae.perceptual vae.steps
 """
 LAYERS = {
     "L0 words": """
@@ -52,11 +52,13 @@ LAYERS = {
         pipeline.training pipeline.health pipeline.sampler pipeline.bounds pipeline.model_card
         pipeline.asking pipeline.image_files pipeline.drawing
         pipeline.painting pipeline.panel
-        pipeline.locks pipeline.encoder pipeline.encoding
+        pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
+        pipeline.reconstruction pipeline.measuring
     """,
     "L3 programs": """
-        pipeline.prepare pipeline.index pipeline.train_vae pipeline.encode pipeline.train pipeline.reconstruct
-        pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.schema pipeline.__main__
+        pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
+        pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.schema
+        pipeline.__main__
     """,
 }
 # These may import only what begins with one of the names given: they can be read, tested and copied alone.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from vae.moments import encode_moments
 
@@ -29,6 +29,49 @@ def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
     if x_hat.shape != x.shape:
         raise ValueError(f"reconstruction {list(x_hat.shape)} came, {list(x.shape)} is wanted")
     return peak_signal_noise_ratio(x_hat, x, data_range=(-1.0, 1.0), reduction="none", dim=(1, 2, 3))
+
+
+def absolute_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Mean |x_hat - x| of each image, in levels of 0..255: units of [-1,1] times 127.5.
+
+    x_hat, x [B,3,H,W], cut to [-1,1] first → float64 [B].
+    """
+    if x_hat.shape != x.shape:
+        raise ValueError(f"reconstruction {list(x_hat.shape)} came, {list(x.shape)} is wanted")
+    return 127.5 * (_cut(x_hat).double() - _cut(x).double()).abs().mean(dim=(1, 2, 3))
+
+
+def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004, eq. 13), the mean over its pixels and channels.
+
+    Windows are Gaussians of `ssim_window` pixels, beyond the border of the image mirrored; K1 = 0.01, K2 = 0.03.
+
+    x_hat, x [B,3,H,W], cut to [-1,1] first → float64 [B], at most 1.  ValueError: other shapes, a side below 3 pixels.
+    """
+    if x_hat.shape != x.shape:
+        raise ValueError(f"reconstruction {list(x_hat.shape)} came, {list(x.shape)} is wanted")
+    _, sigma = ssim_window(min(x.shape[-2:]))
+    both = x_hat.double(), x.double()
+    found = structural_similarity_index_measure(*both, sigma=sigma, reduction="none", data_range=(-1.0, 1.0))
+    assert isinstance(found, Tensor)  # a pair only where more is asked for
+    return found
+
+
+def ssim_window(side: int) -> tuple[int, float]:
+    """The window's side and its Gaussian's standard deviation, pixels: 11 and 1.5, the authors' own, where it fits.
+
+    In smaller images the largest odd number that does, and the same Gaussian in proportion.  ValueError: a side below
+    3 pixels, which no window has.
+    """
+    if side < 3:
+        raise ValueError(f"images with a side of {side} pixels came, at least 3 are wanted")
+    radius = min(5, (side - 1) // 2)
+    return 2 * radius + 1, 0.3 * radius  # torchmetrics makes of it the radius ⌊3.5 σ + ½⌋
+
+
+def _cut(x: Tensor) -> Tensor:
+    """To [-1,1], as a saved picture is."""
+    return x.clamp(-1, 1)
 
 
 # Large images in tiles ----------------------------------------------------------------------------

@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     LIKELIHOOD_NOISE = 16
     LIKELIHOOD_PROBE = 17
     TRANSFORM = 18
+    EVIDENCE_POSTERIOR = 19
+    EVIDENCE_FIT = 20
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:

@@ -1,5 +1,7 @@
-"""Pictures of image sets for people: labelled grids, and samples beside their nearest training images."""
+"""Pictures of image sets for people: labelled grids, samples beside training images, what an autoencoder gives back."""
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
@@ -11,26 +13,40 @@ from pipeline.metrics.arrays import Images, check_images, check_same_size
 # All in pixels.
 _MARGIN, _GAP = 24, 4  # around the picture; between tiles
 _TITLE_GAP, _LABEL_GAP, _HEADING_GAP, _COLUMN_GAP = 24, 16, 10, 20  # below, beside, below, beside
-_TITLE_SIZE, _TEXT_SIZE = 22, 16
+_GROUP_GAP = 20  # between groups of rows
+_TITLE_SIZE, _TEXT_SIZE, _LINE = 22, 16, 20
 _BACKGROUND, _TITLE_COLOR, _TEXT_COLOR = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def labelled_grid(
-    rows: list[tuple[str, list[NDArray[np.uint8]]]], scale: int = 2, title: str | None = None
+    rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]],
+    scale: int = 2,
+    title: str | None = None,
+    *,
+    columns: Sequence[str] = (),
+    group_rows: int | None = None,
 ) -> Image.Image:
     """One row of images under another, each with its label at the left, on white.
 
     rows: (label, images uint8 [H, W, 3]); all images of one size, rows may differ in length. Every pixel
-    becomes scale × scale pixels, unsmoothed. Texts are set in Pillow's own font: Latin letters only.
-    Raises ValueError for no rows, a row without images, an image of another size or type, or a scale below 1.
+    becomes scale × scale pixels, unsmoothed. columns: what stands above each column, lines parted by newlines; columns
+    become as wide as that. group_rows: rows that belong together; a wider gap parts them from the next ones.
+    Texts are set in Pillow's own font: Latin letters only.
+    Raises ValueError for no rows, a row without images, an image of another size or type, a scale or group_rows below
+    1, or more or less columns than images in the longest row.
     """
     if not rows:
         raise ValueError("a grid needs at least one row")
     for label, images in rows:
-        if not images:
+        if not len(images):
             raise ValueError(f"row {label!r} has no images")
+    num_columns = max(len(images) for _, images in rows)
+    if columns and len(columns) != num_columns:
+        raise ValueError(f"{len(columns)} columns came, one for each of {num_columns} images is wanted")
+    if group_rows is not None and group_rows < 1:
+        raise ValueError(f"group_rows must be at least 1, got {group_rows}")
     reference = rows[0][1][0][None]  # [1, H, W, 3]: the first image's size is everyone's
     for label, images in rows:
         for image in images:
@@ -38,19 +54,29 @@ def labelled_grid(
             check_same_size(image[None], reference, f"row {label!r}")
     tile_h, tile_w = _tile_size(reference, scale)
     text_font = _font(_TEXT_SIZE)
-    top = _MARGIN + _title_height(title)
+    lines = max((text.count("\n") + 1 for text in columns), default=0)
+    heading_h = lines * _LINE + _HEADING_GAP - (_LINE - _TEXT_SIZE) if lines else 0
+    top = _MARGIN + _title_height(title) + heading_h
     left = _MARGIN + max(_width(text_font, label) for label, _ in rows)
     left += _LABEL_GAP if left > _MARGIN else 0  # unlabelled rows start at the margin
-    num_columns = max(len(images) for _, images in rows)
+    column_w = max(tile_w, *(_width(text_font, line) for text in columns for line in text.split("\n")), 0)
     row_h = max(tile_h, _TEXT_SIZE if left > _MARGIN else 0)  # labels of tiny tiles must not touch
-    right, bottom = left + num_columns * (tile_w + _GAP) - _GAP, top + len(rows) * (row_h + _GAP) - _GAP
+    num_gaps = (len(rows) - 1) // group_rows if group_rows else 0
+    right = left + num_columns * (column_w + _GAP) - _GAP
+    bottom = top + len(rows) * (row_h + _GAP) - _GAP + num_gaps * (_GROUP_GAP - _GAP)
     canvas, draw = _canvas(right, bottom, title)
+    for column, text in enumerate(columns):
+        for line, words in enumerate(text.split("\n")):
+            x, baseline = left + column * (column_w + _GAP) + column_w // 2, top - heading_h + line * _LINE
+            draw.text((x, baseline + _cap_height(text_font)), words, _TEXT_COLOR, text_font, anchor="ms")
     for row, (label, images) in enumerate(rows):
-        middle = top + row * (row_h + _GAP) + row_h // 2
+        group = row // group_rows if group_rows else 0
+        middle = top + row * (row_h + _GAP) + group * (_GROUP_GAP - _GAP) + row_h // 2
         y = middle - tile_h // 2
         draw.text((left - _LABEL_GAP, middle), label, _TEXT_COLOR, text_font, anchor="rm")
         for column, image in enumerate(images):
-            canvas.paste(_tile(image, scale), (left + column * (tile_w + _GAP), y))
+            x = left + column * (column_w + _GAP) + (column_w - tile_w) // 2
+            canvas.paste(_tile(image, scale), (x, y))
     return canvas
 
 
@@ -96,6 +122,62 @@ def neighbours_picture(
         for column, index in enumerate(indices):
             canvas.paste(_tile(train_images[index], scale), (train_x + column * (tile_w + _GAP), y))
     return canvas
+
+
+def reconstructions_picture(
+    originals: Images, reconstructions: Images, columns: Sequence[str], title: str | None = None
+) -> Image.Image:
+    """Originals, what came back of them, and the difference around mid grey: an image and its caption for each column.
+
+    originals, reconstructions uint8 [N, H, W, 3]; columns: N captions.
+    Raises ValueError for arrays or captions that don't fit one another.
+    """
+    difference, factor = amplified_difference(originals, reconstructions)
+    rows = [
+        ("original", list(originals)),
+        ("reconstruction", list(reconstructions)),
+        (f"{factor}x difference", list(difference)),
+    ]
+    return labelled_grid(rows, readable_scale(originals), title, columns=columns)
+
+
+def amplified_difference(originals: Images, reconstructions: Images) -> tuple[Images, int]:
+    """Reconstruction less original, times a factor, around mid grey (128): brighter where too bright; and the factor.
+
+    The factor is the largest power of two up to 64 at which at most one value of a hundred is cut.
+    uint8 [N, H, W, 3] each.  Raises ValueError for arrays that don't fit one another.
+    """
+    check_images(originals, "originals")
+    check_images(reconstructions, "reconstructions")
+    if reconstructions.shape != originals.shape:
+        raise ValueError(f"reconstructions {list(reconstructions.shape)} came, wanted {list(originals.shape)}")
+    difference = reconstructions.astype(np.int32) - originals  # levels
+    factor = 64
+    while factor > 1 and np.mean(np.abs(difference) * factor > 127) > 0.01:
+        factor //= 2
+    return (128 + factor * difference).clip(0, 255).astype(np.uint8), factor
+
+
+def interpolations_picture(
+    decoded: NDArray[np.uint8], blended: NDArray[np.uint8], title: str | None = None
+) -> Image.Image:
+    """Lines between pairs of images: one in latent space, decoded, and under it one of the pixels, at equal places.
+
+    decoded, blended: uint8 [P, S, H, W, 3], S places from 0 to 1 on each of P lines.
+    Raises ValueError for arrays that don't fit one another, and less than two places.
+    """
+    if decoded.ndim != 5 or decoded.shape != blended.shape or decoded.shape[1] < 2:
+        came = f"{list(decoded.shape)} and {list(blended.shape)}"
+        raise ValueError(f"lines must both have one shape [P, S, H, W, 3] with S at least 2, got {came}")
+    rows = [row for pair in zip(decoded, blended, strict=True) for row in zip(("latents", "pixels"), pair, strict=True)]
+    last = decoded.shape[1] - 1
+    columns = [str(Fraction(place, last)) for place in range(last + 1)]
+    return labelled_grid(rows, readable_scale(decoded[0]), title, columns=columns, group_rows=2)
+
+
+def readable_scale(images: Images) -> int:
+    """How many times larger images [N, H, W, 3] are shown, so that small ones are about 96 pixels wide."""
+    return max(1, round(96 / images.shape[2]))
 
 
 def _canvas(right: int, bottom: int, title: str | None) -> tuple[Image.Image, ImageDraw.ImageDraw]:

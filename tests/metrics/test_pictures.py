@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from pipeline.metrics.pictures import labelled_grid, neighbours_picture
+from pipeline.metrics.pictures import (
+    amplified_difference,
+    interpolations_picture,
+    labelled_grid,
+    neighbours_picture,
+    readable_scale,
+    reconstructions_picture,
+)
 
 WHITE = (255, 255, 255)
 
@@ -104,3 +111,71 @@ def test_what_cannot_be_drawn_says_why():
         neighbours_picture(samples, samples, np.zeros((2, 1), np.int64))
     with pytest.raises(ValueError, match=r"nearest_indices must be in 0\.\.0"):
         neighbours_picture(samples, samples, np.ones((1, 1), np.int64))
+
+
+def test_columns_are_captioned_and_as_wide_as_their_captions():
+    picture = labelled_grid([("x", [RED, GREEN])], 1, columns=["a wide caption\n1", "b"])
+    red, green = boxes_of(picture, (200, 0, 0)), boxes_of(picture, (0, 200, 0))
+    plain = labelled_grid([("x", [RED, GREEN])], 1)
+    assert green[0] - red[0] > 80, "the caption is wider than the tile"
+    assert red[1] - boxes_of(plain, (200, 0, 0))[1] >= 40, "two lines stand above"
+    above = np.asarray(picture)[24 : red[1] - 4]
+    _, columns = np.nonzero((above != WHITE).any(axis=2))
+    over_red = columns[columns < (red[0] + green[0]) // 2]
+    assert abs((over_red.min() + over_red.max()) / 2 - (red[0] + red[2] - 1) / 2) <= 2
+    (left, top, right, bottom), (width, height) = ink(picture)
+    assert min(left, top, width - right, height - bottom) >= 20
+
+
+def test_groups_of_rows_stand_apart():
+    rows = [("", [RED]), ("", [GREEN]), ("", [BLUE]), ("", [solid(9, 9, 9)])]
+    apart, together = labelled_grid(rows, 3, group_rows=2), labelled_grid(rows, 3)
+    tops = [boxes_of(apart, color)[1] for color in ((200, 0, 0), (0, 200, 0), (0, 0, 200), (9, 9, 9))]
+    assert np.diff(tops).tolist() == [19, 35, 19]
+    assert apart.size[1] == together.size[1] + 16
+
+
+def test_the_difference_is_signed_and_amplified_as_far_as_it_fits():
+    original = np.full((1, 10, 10, 3), 100, np.uint8)
+    changed = original.copy()
+    changed[0, 0, 0], changed[0, 0, 1] = 110, 90
+    difference, factor = amplified_difference(original, changed)
+    assert factor == 8, "16 would cut 2 of 100 pixels"
+    assert difference[0, 0, 0].tolist() == [208] * 3 and difference[0, 0, 1].tolist() == [48] * 3
+    assert (difference[0, 1:] == 128).all()
+    assert amplified_difference(original, original)[1] == 64
+    assert amplified_difference(np.zeros_like(original), np.full_like(original, 255))[1] == 1
+
+
+def test_reconstructions_stand_under_their_originals():
+    originals, back = np.stack([RED, GREEN]), np.stack([solid(201, 0, 0), solid(0, 199, 0)])
+    picture = reconstructions_picture(originals, back, ["worst\n30.1 dB", "best\n40.2 dB"], "Title")
+    red, less_green = boxes_of(picture, (200, 0, 0)), boxes_of(picture, (0, 199, 0))
+    assert red[2] - red[0] == 7 * readable_scale(originals) == 98
+    assert boxes_of(picture, (201, 0, 0))[1] == less_green[1] == red[3] + 4
+    assert boxes_of(picture, (192, 128, 128))[:2] == (red[0], less_green[3] + 4), "64 × one level of red"
+
+
+def test_lines_stand_in_pairs():
+    decoded = np.stack([np.stack([RED, GREEN, BLUE])] * 2)
+    blended = np.stack([np.stack([solid(1, 2, 3)] * 3)] * 2)
+    pixels = np.asarray(interpolations_picture(decoded, blended))
+    column = boxes_of(pixels, (200, 0, 0))[0] + 3
+    changes = [tuple(c) for c in pixels[:, column] if tuple(c) in ((200, 0, 0), (1, 2, 3))]
+    assert changes == ([(200, 0, 0)] * 70 + [(1, 2, 3)] * 70) * 2
+
+
+@pytest.mark.parametrize(("width", "scale"), [(8, 12), (16, 6), (32, 3), (64, 2), (128, 1), (129, 1), (512, 1)])
+def test_small_images_are_shown_larger(width, scale):
+    assert readable_scale(np.zeros((1, 4, width, 3), np.uint8)) == scale
+
+
+def test_what_does_not_fit_says_so():
+    with pytest.raises(ValueError, match="1 columns came, one for each of 2 images"):
+        labelled_grid([("a", [RED, RED])], columns=["x"])
+    with pytest.raises(ValueError, match="group_rows must be at least 1"):
+        labelled_grid([("a", [RED])], group_rows=0)
+    with pytest.raises(ValueError, match=r"reconstructions \[2, 5, 7, 3\] came, wanted \[1, 5, 7, 3\]"):
+        amplified_difference(RED[None], np.stack([RED, RED]))
+    with pytest.raises(ValueError, match="S at least 2"):
+        interpolations_picture(RED[None, None], RED[None, None])

@@ -1,16 +1,17 @@
-"""PSNR against its formula, reconstruction without chance, and the seams that tiles leave."""
+"""PSNR, SSIM and absolute error against their formulas, reconstruction without chance, and the seams of tiles."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae.config import VaeModelConfig, VaeTrainConfig
-from vae.metrics import psnr, reconstruct, seam_gradient, tiling_seams
+from vae.metrics import absolute_error, psnr, reconstruct, seam_gradient, ssim, ssim_window, tiling_seams
 from vae.model import build
 from vae.objective import Objective
 from vae.steps import AutoencoderStep
@@ -36,6 +37,51 @@ def test_psnr_of_known_errors() -> None:
 def test_psnr_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="is wanted"):
         psnr(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+
+
+def test_absolute_error_is_in_levels() -> None:
+    x = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    x_hat = x + torch.tensor([2 / 255, -0.5, 7.0]).view(3, 1, 1, 1)
+    assert absolute_error(x_hat, x).tolist() == pytest.approx([1, 63.75, 0], abs=1e-4), "8 is shown as 1"
+
+
+def ssim_by_hand(x_hat: Tensor, x: Tensor, window: int, sigma: float) -> float:
+    """Wang et al. 2004, eq. 13, of one image, window by window: [3,H,W] in [-1,1]."""
+    half = window // 2
+    weight = (-0.5 * (torch.arange(-half, half + 1, dtype=torch.float64) / sigma).square()).exp()
+    weight = weight.outer(weight) / weight.sum().square()
+    c_1, c_2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    values: list[float] = []
+    for channel in range(3):
+        padded = [nn.ReflectionPad2d(half)(image[None, None, channel].double())[0, 0] for image in (x_hat, x)]
+        for top, left in itertools.product(range(x.shape[1]), range(x.shape[2])):
+            a, b = (image[top : top + window, left : left + window] for image in padded)
+            mean_a, mean_b = (weight * a).sum(), (weight * b).sum()
+            var_a, var_b = (weight * (a - mean_a).square()).sum(), (weight * (b - mean_b).square()).sum()
+            covariance = (weight * (a - mean_a) * (b - mean_b)).sum()
+            likeness = (2 * mean_a * mean_b + c_1) * (2 * covariance + c_2)
+            values.append(float(likeness / ((mean_a**2 + mean_b**2 + c_1) * (var_a + var_b + c_2))))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize(("side", "window"), [(16, 11), (11, 11), (10, 9), (8, 7), (4, 3), (3, 3)])
+def test_ssim_is_the_formula_per_image(side: int, window: int) -> None:
+    generator = torch.Generator().manual_seed(side)
+    x = torch.rand(2, 3, side, side, generator=generator) * 1.6 - 0.8
+    x_hat = (x + torch.tensor([0.05, 0.5]).view(2, 1, 1, 1) * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+    found_window, sigma = ssim_window(side)
+    assert found_window == window and sigma == pytest.approx(1.5 * (window - 1) / 10)
+    wanted = [ssim_by_hand(a, b, window, sigma) for a, b in zip(x_hat, x, strict=True)]
+    assert ssim(x_hat, x).tolist() == pytest.approx(wanted, rel=1e-6)
+    assert ssim(x, x).tolist() == pytest.approx([1, 1])
+
+
+def test_ssim_of_what_has_no_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="a side of 2 pixels came, at least 3"):
+        ssim(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+    for measure in (ssim, absolute_error):
+        with pytest.raises(ValueError, match="is wanted"):
+            measure(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
 
 
 def test_reconstruction_has_no_chance_and_no_gradient() -> None:

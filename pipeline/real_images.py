@@ -1,0 +1,74 @@
+"""The real images that others are compared with: some of a set at once, or all of it in a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import program
+from pipeline.config import Config, DataConfig
+from pipeline.data import images
+from pipeline.data.dataset import Shown, read_images
+from pipeline.data.index import ShardSet
+from pipeline.data.pieces import image_part
+from pipeline.data.quarantine import BadSample
+from pipeline.data.sequential import read_through
+from pipeline.encoder import read_ahead
+from pipeline.errors import blame
+
+
+def read_sets(key: str, folders: Sequence[str], config: Config) -> Shown:
+    """The samples of sets, as many of each at most; those that can't be read are told and left out."""
+    sets: list[Shown] = []
+    limit = max(1, config.evaluation.max_reference_images // len(folders))
+    for folder in folders:
+        with blame(key):
+            found = read_images(folder, size=config.data.image_size, limit=limit, remote=config.data.remote)
+        sets.append(found)
+        tell_bad(key, found.bad, len(found.bad) + len(found.pixels))
+    labels = [each.labels for each in sets if each.labels is not None]
+    captions = [each.captions for each in sets if each.captions is not None]
+    return Shown(
+        np.concatenate([each.pixels for each in sets]),
+        np.concatenate(labels) if len(labels) == len(sets) else None,
+        [text for each in captions for text in each] if len(captions) == len(sets) else None,
+        [bad for each in sets for bad in each.bad],
+    )
+
+
+def tell_bad(key: str, bad: Sequence[BadSample], num_samples: int) -> None:
+    """Warn of samples that can't be read, if there are any."""
+    if bad:
+        program.say(
+            f"warning: {key}: {len(bad)} of {num_samples} samples can't be read and are left out; "
+            f"the first: {bad[0].shard}: sample {bad[0].key!r}: {bad[0].reason}"
+        )
+
+
+def stream_images(
+    shards: ShardSet, which: Sequence[int], data: DataConfig, *, batch_images: int, bad: list[BadSample]
+) -> Iterator[NDArray[np.uint8]]:
+    """All images of some shards in batches uint8 [B,H,W,3], cut in the centre; what can't be read is added to `bad`.
+
+    A batch holds images of one shard.  Raises UsageError and RunError as `read_through` does.
+    """
+
+    def decode(key: str, parts: dict[str, bytes]) -> NDArray[np.uint8]:
+        del key
+        return images.decode(image_part(parts), data.image_size)
+
+    for shard in which:
+        batch: list[NDArray[np.uint8]] = []
+        samples = read_ahead(read_through(shards, shard), decode, workers=data.workers, ahead=2 * batch_images)
+        for row, (key, found) in enumerate(samples):
+            if isinstance(found, ValueError):
+                bad.append(BadSample(row, shards.path(shard), key, str(found)))
+                continue
+            batch.append(found)
+            if len(batch) == batch_images:
+                yield np.stack(batch)
+                batch = []
+        if batch:
+            yield np.stack(batch)
