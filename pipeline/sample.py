@@ -33,6 +33,7 @@ from pipeline.errors import UsageError, blame
 from pipeline.image_files import Row
 from pipeline.metrics.pictures import labelled_grid
 from vae.model import state_sha256
+from vae.tiles import tile_of
 
 GRID_COUNT, FILES_COUNT = 10, 1  # images of each, where --count doesn't say
 LABEL_LETTERS = 40  # of a grid's row
@@ -71,7 +72,7 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     count = checked_count(args)
     engine = Engine(config.engine)
     export: Path = args.export or Path(config.run_dir) / "export"
-    pipe = sampler.open_export(export, engine.device)
+    pipe = sampler.open_export(export, engine.device, tile_pixels=config.vae.tile_pixels)
     how = how_drawn(config, args, pipe)
     lines = asking.wanted_lines(pipe, args.classes, args.prompts, args.path)
     with blame("--guidance"):
@@ -81,7 +82,9 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     with blame("--seed"):
         seed = asking.whole_number(config.seed if args.seed is None else args.seed)
     images = asking.images_of(lines, count, seed=seed, guidance=guidance)
-    rows = image_files.rows_of(images, pipe.config["class_names"], said_of_all(how, pipe, export))
+    rows = image_files.rows_of(
+        images, pipe.config["class_names"], said_of_all(how, pipe, export, config.vae.tile_pixels)
+    )
 
     try_out(pipe, images[0], how)
 
@@ -133,13 +136,15 @@ def how_drawn(config: Config, args: argparse.Namespace, pipe: ClassConditionalPi
     }
 
 
-def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Path) -> Row:
+def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Path, tile_pixels: int | None) -> Row:
     """What every image says alike of how it was drawn: settings, scheduler, the export's passport, our version."""
     if (export / sampler.PASSPORT).exists():
         passport = files.read_json(export / sampler.PASSPORT)
     else:  # somebody else's: known by its weights
         passport = {"unet_sha256": state_sha256(pipe.unet.state_dict())}
+    tile = tile_of(sampler.image_size_of(pipe), tile_pixels)
     return {
+        **({"tile_pixels": tile} if tile is not None else {}),
         "guidance_rescale": how["guidance_rescale"],
         "guidance_interval": list(how["guidance_interval"]),
         "steps": how["num_inference_steps"],

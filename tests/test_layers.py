@@ -20,7 +20,7 @@ ROOT = Path(pipeline.__file__).resolve().parents[1]
 # The autoencoder as a model, below everything: it knows nothing of pipeline/.
 VAE = """
     vae vae.config vae.discriminator vae.evidence vae.folding vae.game vae.likelihood vae.losses vae.metrics vae.model
-    vae.moments vae.steps
+    vae.moments vae.pretrained vae.preview vae.single_file vae.steps vae.tiles
 """
 LAYERS = {
     "L0 words": """
