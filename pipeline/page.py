@@ -25,7 +25,6 @@ from pipeline.engine import Engine
 from pipeline.errors import UsageError
 from pipeline.painting import Frame, Painter, Wish
 from pipeline.stopping import Stopping
-from vae.tiles import tile_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +108,6 @@ def layout(gradio: Any, painter: Painter, folder: Path, config: Config, kept: Pa
     """Fields for what this model knows, places for what it draws, and what happens between them."""
     pipe = painter.pipe
     size = sampler.image_size_of(pipe)
-    tile = tile_of(size, config.vae.tile_pixels)
     names: list[str] | None = pipe.config["class_names"]
     classes: list[tuple[str, Any]] = [(str(i), i) for i in range(pipe.num_classes)]
     if names:
@@ -169,16 +167,16 @@ def layout(gradio: Any, painter: Painter, folder: Path, config: Config, kept: Pa
             return {bar: told, draw: gradio.update(interactive=True), stop: gradio.update(interactive=False)}
 
         asked = draw.click(begun, None, list(places), queue=False, **hidden)
-        going = asked.then(answer(gradio, painter, folder, kept, places, tile), fields, list(places), **hidden)
+        going = asked.then(answer(gradio, painter, folder, kept, places), fields, list(places), **hidden)
         stop.click(None, cancels=[going]).then(stopped, None, list(places), queue=False, **hidden)
     return blocks
 
 
 def answer(
-    gradio: Any, painter: Painter, folder: Path, kept: Path, places: Places, tile_pixels: int | None
+    gradio: Any, painter: Painter, folder: Path, kept: Path, places: Places
 ) -> Callable[..., Generator[dict[Any, Any]]]:
     """What Draw does: the fields' values → what changes on the page, again and again until the images are there."""
-    stock = painting.is_stock(folder)
+    stock, tile_pixels = painting.is_stock(folder), sampler.tile_of(painter.pipe)
     hidden = gradio.update(visible=False)
     ended = {
         places.draw: gradio.update(interactive=True),

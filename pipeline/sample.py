@@ -33,7 +33,6 @@ from pipeline.errors import UsageError, blame
 from pipeline.image_files import Row
 from pipeline.metrics.pictures import labelled_grid
 from vae.model import state_sha256
-from vae.tiles import tile_of
 
 GRID_COUNT, FILES_COUNT = 10, 1  # images of each, where --count doesn't say
 LABEL_LETTERS = 40  # of a grid's row
@@ -82,9 +81,7 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     with blame("--seed"):
         seed = asking.whole_number(config.seed if args.seed is None else args.seed)
     images = asking.images_of(lines, count, seed=seed, guidance=guidance)
-    rows = image_files.rows_of(
-        images, pipe.config["class_names"], said_of_all(how, pipe, export, config.vae.tile_pixels)
-    )
+    rows = image_files.rows_of(images, pipe.config["class_names"], said_of_all(how, pipe, export))
 
     try_out(pipe, images[0], how)
 
@@ -136,13 +133,13 @@ def how_drawn(config: Config, args: argparse.Namespace, pipe: ClassConditionalPi
     }
 
 
-def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Path, tile_pixels: int | None) -> Row:
+def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Path) -> Row:
     """What every image says alike of how it was drawn: settings, scheduler, the export's passport, our version."""
     if (export / sampler.PASSPORT).exists():
         passport = files.read_json(export / sampler.PASSPORT)
     else:  # somebody else's: known by its weights
         passport = {"unet_sha256": state_sha256(pipe.unet.state_dict())}
-    tile = tile_of(sampler.image_size_of(pipe), tile_pixels)
+    tile = sampler.tile_of(pipe)
     return {
         **({"tile_pixels": tile} if tile is not None else {}),
         "guidance_rescale": how["guidance_rescale"],

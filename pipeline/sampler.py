@@ -29,8 +29,8 @@ from pipeline.denoiser import scheduler_of
 from pipeline.errors import UsageError, blame
 from pipeline.locks import Locks
 from pipeline.text import TextEncoders
+from vae import tiles
 from vae.moments import LatentScale
-from vae.tiles import in_tiles
 
 PASSPORT = "training.json"  # in an export: which checkpoint it is of
 OPENING = Locks(Path(HF_MODULES_CACHE) / "opening.lock")
@@ -122,7 +122,7 @@ def open_export(
         taken: dict[str, Any] = {name: getattr(pipe, name, None) for name in parts}
         pipe = ClassConditionalPipeline(**taken)
     with blame("vae.tile_pixels"):
-        in_tiles(pipe.vae, tile_pixels)
+        tiles.in_tiles(pipe.vae, tile_pixels)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -130,6 +130,11 @@ def open_export(
 def image_size_of(pipe: ClassConditionalPipeline) -> int:
     """The side of the images that it draws, pixels."""
     return int(pipe.unet.config["sample_size"] * pipe.image_processor.config["vae_scale_factor"])
+
+
+def tile_of(pipe: ClassConditionalPipeline) -> int | None:
+    """The side of the tiles that its images are decoded in, pixels; None: whole."""
+    return tiles.tile_of(image_size_of(pipe), pipe.vae.tile_sample_min_size if pipe.vae.use_tiling else None)
 
 
 def open_folder(folder: Path) -> Any:
