@@ -312,6 +312,7 @@ OTHER: dict[str, Any] = {
     "batch_images": 32,
     "source_fingerprint": "0" * 64,
     "text_encoder_sha256": "c" * 64,
+    "tile_pixels": 16,
 }
 
 
