@@ -35,7 +35,8 @@ from pipeline.engine import Engine
 from pipeline.errors import RunError, UsageError, blame
 from pipeline.run_folder import STATUS, State, write_status
 from pipeline.text import TextEncoders, num_encoders
-from vae.model import load, weights_sha256
+from vae.model import encoder_sha256, load
+from vae.tiles import in_tiles, tile_of
 
 
 class Part(NamedTuple):
@@ -98,6 +99,8 @@ def encode(config: Config, args: argparse.Namespace) -> None:
         raise UsageError(
             f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
         )
+    with blame("vae.tile_pixels"):
+        in_tiles(vae, config.vae.tile_pixels)
     text = None
     said = config.conditioning.text
     if said is not None and said.path is not None and said.embeddings == "cached":
@@ -105,6 +108,14 @@ def encode(config: Config, args: argparse.Namespace) -> None:
             text = TextEncoders.load(said.path)
     work = open_sets(config, engine, vae, text)
     engine.main_does(partial(begin, work, part))
+
+    tile = tile_of(config.data.image_size, config.vae.tile_pixels)
+    if tile is not None and engine.is_main:
+        program.say(
+            f"warning: vae.tile_pixels: images of {config.data.image_size} px are encoded in tiles of {tile} px; their "
+            "latents differ from those of whole images (on a small VAE by an rms of 0.3 to 0.4), so encode whole ones "
+            "where they fit into memory"
+        )
 
     # the shards
     Module.to(vae, engine.device)
@@ -152,7 +163,7 @@ def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEnco
     named = [("train", *pair) for pair in zip(data.train_images, data.train_latents, strict=True)]
     if data.validation_images and data.validation_latents:
         named.append(("validation", data.validation_images, data.validation_latents))
-    vae_sha256, text_sha256 = weights_sha256(vae), text.sha256() if text else None
+    vae_encoder_sha256, text_sha256 = encoder_sha256(vae), text.sha256() if text else None
     said = config.conditioning.text
     with blame("conditioning.text.path"):
         told_sizes = said is not None and num_encoders(said) == 2
@@ -165,7 +176,7 @@ def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEnco
         num_crops = data.encode_crops if kind == "train" else 1
         flip = data.flip and kind == "train"
         origin = Origin(
-            vae_sha256=vae_sha256,
+            encoder_sha256=vae_encoder_sha256,
             image_size=data.image_size,
             crop=latents.crop_name(num_crops),
             flip=flip,
@@ -174,6 +185,7 @@ def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEnco
             source_fingerprint=shards.fingerprint,
             text_encoder_sha256=text_sha256,
             image_sizes=told_sizes,
+            tile_pixels=tile_of(data.image_size, config.vae.tile_pixels),
         )
         encoder = Encoder(engine, vae, text, data.image_size, num_crops, flip, told_sizes)
         latent_set = LatentSet(Path(out), shards, origin, encoder.parts)

@@ -43,6 +43,7 @@ from pipeline.real_images import read_sets
 from pipeline.run_folder import check_same
 from pipeline.sampler import PASSPORT, Asked
 from vae.metrics import psnr, reconstruct
+from vae.tiles import tile_of
 
 Scores = dict[str, float | int | str]
 NEIGHBOURS, NEIGHBOUR_SAMPLES = 4, 10  # of the picture: nearest training images, samples
@@ -61,7 +62,7 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
     run = Path(config.run_dir)
     if config.data.validation_images is None:
         raise UsageError("data.validation_images: evaluate compares with held-out images; name their folder")
-    pipe = sampler.open_export(run / "export", engine.device)
+    pipe = sampler.open_export(run / "export", engine.device, tile_pixels=config.vae.tile_pixels)
     check_same(run, config, ("conditioning", "diffusion"))
     asked = asked_of(config)
     drawn = {scale: draw_all(engine, config, pipe, asked, scale) for scale in config.evaluation.guidance_scales}
@@ -107,6 +108,7 @@ def draw_all(
             "seed": config.seed,
             "guidance": guidance_scale,
             "steps": settings.num_inference_steps,
+            "tile_pixels": tile_of(config.data.image_size, config.vae.tile_pixels),
             "asked": asked,
         }
     )[:12]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 
 from pipeline import checkpoint, files, program, sampler
@@ -36,7 +36,7 @@ from pipeline.model_card import SAMPLES, model_card
 from pipeline.run_folder import check_same
 from pipeline.sampler import PASSPORT, Asked
 from pipeline.text import TextEncoders, open_text, write_tokenizer
-from vae.model import load, weights_sha256
+from vae.model import encoder_sha256, load, weights_sha256
 from vae.moments import LatentScale
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -66,10 +66,12 @@ def export(config: Config, args: argparse.Namespace) -> None:
     average = find_average(config, args.ema, args.step)
     check_same(run, config, ("conditioning", "diffusion"))
     found = average.found
+    vae = open_vae(config, found)
     passport = {
         "checkpoint": found.path.name,
         "manifest_sha256": files.sha256(found.path / "manifest.json"),
         "ema": average.name,
+        "vae_sha256": weights_sha256(vae),  # decoder too: the same encoder's latents may get another one
         "dtype": args.dtype,
         "license": args.license,
     }
@@ -79,7 +81,7 @@ def export(config: Config, args: argparse.Namespace) -> None:
         return
     if out.exists() and any(out.iterdir()) and not (out / PASSPORT).exists():
         raise UsageError(f"{out}: holds something else than an export; name another folder by --out")
-    pipe = checkpoint_pipeline(config, average)
+    pipe = checkpoint_pipeline(config, average, vae)
     rows = sampler.rows_of(config, CARD_ROWS)
     whole = draw_few(pipe, rows, config)
     sampler.cast(pipe, DTYPES[args.dtype])
@@ -167,18 +169,24 @@ def newest_checkpoint(run: Path) -> Checkpoint:
     return found
 
 
-def checkpoint_pipeline(config: Config, average: Average) -> ClassConditionalPipeline:
-    """The trainer's own sampler with averaged weights.  Raises UsageError for another VAE's latents."""
-    found = average.found
+def open_vae(config: Config, found: Checkpoint) -> AutoencoderKL:
+    """The autoencoder that decodes.  Raises UsageError where its encoder is not that of the checkpoint's latents."""
     with blame("vae.path"):
         vae = load(config.vae.path)
-    said = found.state["latents"]
-    digest = weights_sha256(vae)
-    if said["origin"]["vae_sha256"] != digest:
+    digest, said = encoder_sha256(vae), found.state["latents"]["origin"].get("encoder_sha256", "unknown")
+    if said != digest:
         raise UsageError(
-            f"vae.path: the VAE {digest[:12]} came; {found.path} was trained on latents of the VAE "
-            f"{said['origin']['vae_sha256'][:12]}"
+            f"vae.path: an autoencoder with the encoder {digest[:12]} came; {found.path} was trained on latents of the "
+            f"encoder {said[:12]}"
         )
+    return vae
+
+
+def checkpoint_pipeline(config: Config, average: Average, vae: AutoencoderKL | None = None) -> ClassConditionalPipeline:
+    """The trainer's own sampler with averaged weights.  `vae`: see `open_vae`, which opens it where none is given."""
+    found = average.found
+    vae = vae or open_vae(config, found)
+    said = found.state["latents"]
     weights = found.tensors(weights_stem(average.folder))
     unet_config = UNet2DConditionModel.load_config(found.path / average.folder)
     averaged = sampler.frozen_unet(unet_config, weights, torch.device("cpu"))

@@ -84,7 +84,7 @@ pipe = DiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER"{trust})
 | | |
 |---|---|
 | data | image shards `{", ".join(config.data.train_images)}`, fingerprint `{origin["source_fingerprint"][:16]}` |
-| autoencoder | `{origin["vae_sha256"][:16]}`, latents scaled by {state["latents"]["scale"]:.6g} |
+| autoencoder's encoder | `{origin["encoder_sha256"][:16]}`, latents scaled by {state["latents"]["scale"]:.6g} |
 {caption_row}| started from | {began} |
 | objective | {objective_words(diffusion)} |
 | steps | {state["step"]:,} of {config.train.global_batch_images} images ({images_seen:,} images seen) |

@@ -44,7 +44,7 @@ def page(config: Config, args: argparse.Namespace) -> None:
     kept = Path(tempfile.mkdtemp(prefix="page-"))  # the images that the page shows
     try:
         gradio = open_gradio(kept)
-        pipe = sampler.open_export(folder, Engine(config.engine).device)
+        pipe = sampler.open_export(folder, Engine(config.engine).device, tile_pixels=config.vae.tile_pixels)
         blocks = layout(gradio, Painter(pipe), folder, config, kept)
         blocks.queue(default_concurrency_limit=1)
         with Stopping(None) as stopping:
@@ -107,7 +107,7 @@ class Places(NamedTuple):
 def layout(gradio: Any, painter: Painter, folder: Path, config: Config, kept: Path) -> Any:
     """Fields for what this model knows, places for what it draws, and what happens between them."""
     pipe = painter.pipe
-    size: int = pipe.unet.config["sample_size"] * pipe.image_processor.config["vae_scale_factor"]
+    size = sampler.image_size_of(pipe)
     names: list[str] | None = pipe.config["class_names"]
     classes: list[tuple[str, Any]] = [(str(i), i) for i in range(pipe.num_classes)]
     if names:
@@ -176,7 +176,7 @@ def answer(
     gradio: Any, painter: Painter, folder: Path, kept: Path, places: Places
 ) -> Callable[..., Generator[dict[Any, Any]]]:
     """What Draw does: the fields' values → what changes on the page, again and again until the images are there."""
-    stock = painting.is_stock(folder)
+    stock, tile_pixels = painting.is_stock(folder), sampler.tile_of(painter.pipe)
     hidden = gradio.update(visible=False)
     ended = {
         places.draw: gradio.update(interactive=True),
@@ -200,8 +200,10 @@ def answer(
                     changed |= {places.gallery: hidden, places.code: hidden}
                 yield changed
                 if frame.done:
-                    images = filed(frame, asked, captions, Path(tempfile.mkdtemp(dir=kept)))
-                    text = painting.python_code(folder, asked, str(painter.pipe.device), stock=stock)
+                    images = filed(frame, asked, captions, Path(tempfile.mkdtemp(dir=kept)), tile_pixels)
+                    text = painting.python_code(
+                        folder, asked, str(painter.pipe.device), stock=stock, tile_pixels=tile_pixels
+                    )
                     there = {places.pictures: hidden, places.gallery: shown(images), places.code: shown(text)}
                     yield ended | there
         except (UsageError, ValueError) as error:
@@ -214,13 +216,16 @@ def answer(
     return drawn
 
 
-def filed(frame: Frame, asked: dict[str, Any], captions: Sequence[str], folder: Path) -> list[tuple[str, str]]:
+def filed(
+    frame: Frame, asked: dict[str, Any], captions: Sequence[str], folder: Path, tile_pixels: int | None
+) -> list[tuple[str, str]]:
     """Write each image as a PNG that says what it is of; (path, caption) of each."""
+    tiles = {"tile_pixels": tile_pixels} if tile_pixels is not None else {}
     written: list[tuple[str, str]] = []
     for i, image in enumerate(frame.images):
         name = re.sub(r"[^\w-]+", "-", captions[i])[:80].strip("-")
         path = folder / f"{name}.png"
-        image_files.write_png(path, image, painting.about(asked, i))
+        image_files.write_png(path, image, painting.about(asked, i) | tiles)
         written.append((str(path), captions[i]))
     return written
 

@@ -217,13 +217,20 @@ def about(asked: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {said: one[name] for name, said in ROW_NAMES.items() if name in one}
 
 
-def python_code(folder: Path, asked: Mapping[str, Any], device: str, *, stock: bool) -> str:
-    """A program for which diffusers suffices: `images` are those of this drawing."""
+def python_code(
+    folder: Path, asked: Mapping[str, Any], device: str, *, stock: bool, tile_pixels: int | None = None
+) -> str:
+    """A program for which diffusers suffices: `images` are those of this drawing, decoded in tiles or whole (None)."""
     given = dict(asked)
     lines = ["from diffusers import DiffusionPipeline", ""]
     trust = "" if stock else ", trust_remote_code=True"
     moved = "" if device == "cpu" else f".to({device!r})"
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({str(folder)!r}{trust}){moved}")
+    if tile_pixels is not None:
+        lines.append("pipe.vae.enable_tiling()")
+        lines.append(f"pipe.vae.tile_sample_min_size = {tile_pixels}")
+        factor = "2 ** (len(pipe.vae.config.block_out_channels) - 1)"
+        lines.append(f"pipe.vae.tile_latent_min_size = {tile_pixels} // {factor}")
     words = {name: repr(value) for name, value in given.items()}
     if stock:
         lines.insert(0, "import torch")

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from pipeline import files
 from pipeline.config import UnetConfig
-from vae.model import HUB_ID, state_sha256
+from vae.model import state_sha256
+from vae.pretrained import HUB_ID
+from vae.single_file import SINGLE_FILE, is_single_file, refuse_pickle
 
 Arguments = dict[str, Any]  # keyword arguments of UNet2DConditionModel
-SINGLE_FILE = ".safetensors"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 LDM_UNET = "model.diffusion_model."  # what a U-Net's tensors begin with in Stable Diffusion's own files
 # How a network can be told things here, besides condition tokens: a class embedding, a class as a token, SDXL's sizes.
 KNOWN_CONDITIONS = {
@@ -51,7 +51,7 @@ def resolved(config: UnetConfig) -> UnetConfig:
     FileNotFoundError, other OSErrors: nothing there, or broken.  ValueError: a pickle, another kind of model, one that
     can't be trained here, or one that a key given in the config contradicts.
     """
-    if config.start_from is None or _is_single_file(config.start_from):
+    if config.start_from is None or is_single_file(config.start_from):
         return config
     place = _Place.find(config.start_from)
     differing = {
@@ -75,7 +75,7 @@ def open_pretrained(config: UnetConfig) -> Pretrained | None:
     source = config.start_from
     if source is None:
         return None
-    if _is_single_file(source):
+    if is_single_file(source):
         arguments, weights = _open_single_file(Path(source).expanduser(), config.shape)
     else:
         place = _Place.find(source)
@@ -150,8 +150,7 @@ class _Place:
     def find(cls, source: str) -> _Place:
         """Look for it in a folder here, else on the hub.  Errors: see `resolved`."""
         folder = Path(source).expanduser()
-        if folder.suffix in PICKLES:
-            raise ValueError(_pickle_refused(folder))
+        refuse_pickle(source)
         if folder.exists():
             return cls._read(str(folder), _subfolder(folder))
         # A name whose first part is a folder here is taken for a path, so that a typing error downloads nothing.
@@ -222,9 +221,8 @@ def _subfolder(folder: Path) -> str | None:
         inner = folder / (subfolder or "")
         if (inner / "config.json").is_file():
             if not any(inner.glob("diffusion_pytorch_model*.safetensors")):
-                pickles = sorted(inner.glob("diffusion_pytorch_model*.bin"))
-                if pickles:
-                    raise ValueError(_pickle_refused(pickles[0]))
+                for pickled in sorted(inner.glob("diffusion_pytorch_model*.bin")):
+                    refuse_pickle(pickled)
                 raise FileNotFoundError(f"{str(inner)!r} came, which holds no diffusion_pytorch_model.safetensors")
             return subfolder
     if folder.is_file():
@@ -233,10 +231,6 @@ def _subfolder(folder: Path) -> str | None:
         f"{str(folder)!r} came, which holds neither config.json nor unet/config.json; a folder that diffusers' "
         "save_pretrained wrote was wanted"
     )
-
-
-def _is_single_file(source: str) -> bool:
-    return source.endswith(SINGLE_FILE) and not Path(source).expanduser().is_dir()
 
 
 def _open_single_file(file: Path, shape: Mapping[str, Any]) -> tuple[Arguments, dict[str, Tensor]]:
@@ -281,10 +275,6 @@ def _open_single_file(file: Path, shape: Mapping[str, Any]) -> tuple[Arguments, 
     if missing or len(weights) != len(sizes):
         raise ValueError(f"{misfit}: {len(sizes)} tensors came, {len(weights)} were wanted, {missing[:3]} are missing")
     return arguments, weights
-
-
-def _pickle_refused(file: Path) -> str:
-    return f"{str(file)!r} is a pickle, which may run code when it is opened; a {SINGLE_FILE} file was wanted"
 
 
 def _first(error: Exception) -> str:

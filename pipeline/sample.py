@@ -71,7 +71,7 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     count = checked_count(args)
     engine = Engine(config.engine)
     export: Path = args.export or Path(config.run_dir) / "export"
-    pipe = sampler.open_export(export, engine.device)
+    pipe = sampler.open_export(export, engine.device, tile_pixels=config.vae.tile_pixels)
     how = how_drawn(config, args, pipe)
     lines = asking.wanted_lines(pipe, args.classes, args.prompts, args.path)
     with blame("--guidance"):
@@ -139,7 +139,9 @@ def said_of_all(how: dict[str, Any], pipe: ClassConditionalPipeline, export: Pat
         passport = files.read_json(export / sampler.PASSPORT)
     else:  # somebody else's: known by its weights
         passport = {"unet_sha256": state_sha256(pipe.unet.state_dict())}
+    tile = sampler.tile_of(pipe)
     return {
+        **({"tile_pixels": tile} if tile is not None else {}),
         "guidance_rescale": how["guidance_rescale"],
         "guidance_interval": list(how["guidance_interval"]),
         "steps": how["num_inference_steps"],

@@ -26,9 +26,10 @@ from pipeline.data.draws import Purpose, integer_seed
 from pipeline.data.images import to_pixels
 from pipeline.data.index import ShardSet
 from pipeline.denoiser import scheduler_of
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, blame
 from pipeline.locks import Locks
 from pipeline.text import TextEncoders
+from vae import tiles
 from vae.moments import LatentScale
 
 PASSPORT = "training.json"  # in an export: which checkpoint it is of
@@ -53,6 +54,7 @@ def assemble(
 ) -> ClassConditionalPipeline:
     """The pipeline that an export is: its scheduler says what the schedule means, its VAE how latents are scaled."""
     vae.register_to_config(scaling_factor=latent_scale.scale, shift_factor=latent_scale.shift or None)
+    vae.register_to_config(latents_mean=None, latents_std=None)  # a scale for each channel, which was not used
     names, parts = list(class_names) if class_names else None, text.components if text else {}
     pipe = ClassConditionalPipeline(vae, unet, scheduler_of(diffusion), names, **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -104,10 +106,13 @@ def told_of(pipe: ClassConditionalPipeline, asked: Sequence[Asked]) -> dict[str,
     return given
 
 
-def open_export(folder: Path, device: torch.device | str) -> ClassConditionalPipeline:
+def open_export(
+    folder: Path, device: torch.device | str, *, tile_pixels: int | None = None
+) -> ClassConditionalPipeline:
     """An export, opened as any user of diffusers would.  Raises UsageError where none is there.
 
     A text model's is a stock pipeline; its parts are taken over, so that it is asked in the same way as any other.
+    `tile_pixels`: as vae.tile_pixels; UsageError too where they don't fit its autoencoder.
     """
     if not (folder / "model_index.json").exists():
         raise UsageError(f"{folder}: no export here; run: python -m pipeline export with this config")
@@ -116,8 +121,20 @@ def open_export(folder: Path, device: torch.device | str) -> ClassConditionalPip
         parts = ("vae", "unet", "scheduler", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
         taken: dict[str, Any] = {name: getattr(pipe, name, None) for name in parts}
         pipe = ClassConditionalPipeline(**taken)
+    with blame("vae.tile_pixels"):
+        tiles.in_tiles(pipe.vae, tile_pixels)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def image_size_of(pipe: ClassConditionalPipeline) -> int:
+    """The side of the images that it draws, pixels."""
+    return int(pipe.unet.config["sample_size"] * pipe.image_processor.config["vae_scale_factor"])
+
+
+def tile_of(pipe: ClassConditionalPipeline) -> int | None:
+    """The side of the tiles that its images are decoded in, pixels; None: whole."""
+    return tiles.tile_of(image_size_of(pipe), pipe.vae.tile_sample_min_size if pipe.vae.use_tiling else None)
 
 
 def open_folder(folder: Path) -> Any:

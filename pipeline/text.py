@@ -17,7 +17,8 @@ from pipeline import files
 from pipeline.class_conditional import Told, read_text, tokenize
 from pipeline.config import TextConfig, TextModelConfig
 from pipeline.data.draws import Purpose, integer_seed
-from vae.model import HUB_ID, state_sha256
+from vae.model import state_sha256
+from vae.pretrained import HUB_ID
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads don't survive the fork of a loader process
 

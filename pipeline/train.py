@@ -51,8 +51,10 @@ from pipeline.sampler import Asked
 from pipeline.text import TextEncoders, Tokenizers, learn_tokenizer, open_text
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
-from vae.model import load, weights_sha256
-from vae.moments import LatentScale, encode_moments, sample_posterior
+from vae.model import encoder_sha256, load
+from vae.moments import LatentScale, encode_moments, published_scale, sample_posterior
+from vae.preview import load_preview
+from vae.tiles import in_tiles, tile_of
 
 IDENTITY = ("seed", "data", "unet", "conditioning", "diffusion", "optimizer", "train", "engine", "ema")
 PICTURE_ROWS, PICTURE_COLUMNS = 10, 4  # of a picture while training: classes or captions, images of each
@@ -76,6 +78,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
     # frozen VAE, text encoders
     with blame("vae.path"):
         vae = load(config.vae.path)
+    with blame("vae.tile_pixels"):
+        in_tiles(vae, config.vae.tile_pixels)
     Module.to(vae, engine.device)
     side = config.data.image_size // 2 ** (len(vae.config["block_out_channels"]) - 1)
     latent_shape = (int(vae.config["latent_channels"]), side, side)
@@ -104,7 +108,12 @@ def train(config: Config, args: argparse.Namespace) -> None:
         read = Moments(config.seed, latent_shape, num_crops, config.data.flip)
     latent_scale = LatentScale(described["scale"], described["shift"])
     if config.vae.latent_scale == "own":
-        latent_scale = LatentScale(float(vae.config["scaling_factor"]), float(vae.config.get("shift_factor") or 0))
+        with blame("vae.latent_scale: own"):
+            latent_scale = published_scale(vae)
+    preview = None
+    if config.vae.preview is not None:
+        with blame("vae.preview"):
+            preview = load_preview(config.vae.preview, vae, latent_scale)
     pieces = (
         read,
         PosteriorNoise(config.seed, latent_shape),
@@ -195,6 +204,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 pipe = sampler.assemble(
                     unet_now, vae, latent_scale, config.diffusion, condition.class_names, text=text_now
                 )
+                if preview is not None:
+                    pipe.register_modules(vae=preview)
                 save_picture(run, step, config, pipe.to(engine.device), rows)
                 if text is not None and conditioning.is_cached:
                     text.to(torch.device("cpu"))
@@ -246,13 +257,14 @@ def open_sets(config: Config, vae: AutoencoderKL, text: TextEncoders | None) -> 
         with blame("data.train_latents"):
             found = latents.open_latents(
                 folder,
-                vae_sha256=weights_sha256(vae),
+                encoder_sha256=encoder_sha256(vae),
                 image_size=config.data.image_size,
                 crop=config.data.crop,
                 flip=config.data.flip,
                 encode_crops=config.data.encode_crops,
                 text_encoder_sha256=text_sha256,
                 image_sizes=text is not None and text.pooled_width is not None,
+                tile_pixels=tile_of(config.data.image_size, config.vae.tile_pixels),
                 remote=config.data.remote,
             )
             if config.conditioning.has_class:
@@ -282,8 +294,9 @@ def describe_online(
     with blame("data.train_images"):
         samples = Samples.of(data.train_images, (Pixels(config.seed, data.image_size),), seed=config.seed, data=data)
     origin = {
-        "vae_sha256": weights_sha256(vae),
+        "encoder_sha256": encoder_sha256(vae),
         "image_size": data.image_size,
+        "tile_pixels": tile_of(data.image_size, config.vae.tile_pixels),
         "precision": config.engine.precision,
         "source_fingerprint": samples.fingerprint,
     }

@@ -124,7 +124,7 @@ def test_training_on_images_measures_its_scale_once(world: World, made: World) -
     measured = json.loads((world.run_dir / "latents.json").read_text())
     of_set = json.loads((made.root / "latents" / "dataset.json").read_text())
     assert measured["scale"] == pytest.approx(of_set["scale"], rel=1e-3)  # of the very same images, stored in fp16
-    assert measured["origin"]["vae_sha256"] == of_set["origin"]["vae_sha256"]
+    assert measured["origin"]["encoder_sha256"] == of_set["origin"]["encoder_sha256"]
     assert world.do("train", *ONLINE, "data.flip=false", "data.online_scale_images=12") == [2]
     assert "data.online_scale_images was 360, now 12" in world.said()
     state = json.loads((world.run_dir / "checkpoints/step-000000008/state.json").read_text())

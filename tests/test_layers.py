@@ -20,7 +20,8 @@ ROOT = Path(pipeline.__file__).resolve().parents[1]
 # The autoencoder as a model, below everything: it knows nothing of pipeline/.
 VAE = """
     vae vae.channels vae.config vae.discriminator vae.evidence vae.folding vae.game vae.interpolation vae.likelihood
-    vae.losses vae.metrics vae.model vae.moments vae.objective vae.perceptual vae.steps
+    vae.losses vae.metrics vae.model vae.moments vae.objective vae.perceptual vae.pretrained vae.preview vae.single_file
+    vae.steps vae.tiles
 """
 LAYERS = {
     "L0 words": """

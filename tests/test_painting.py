@@ -209,6 +209,21 @@ def test_the_code_draws_the_same_pixels(tmp_path: Path, kind: str) -> None:
     assert (drawn_by(painting.python_code(folder, asked, "cpu", stock=False)) == pixels(last.images)).all()
 
 
+def test_the_code_draws_the_same_tiles(tmp_path: Path) -> None:
+    small_pipe(names=NAMES).save_pretrained(tmp_path / "export")
+    asked, seen = {}, []
+    for tile_pixels in (None, 8, 16):
+        pipe = sampler.open_export(tmp_path / "export", "cpu", tile_pixels=tile_pixels)
+        asked = arguments(pipe, Wish(["two"], num_inference_steps=3))
+        *_, last = Painter(pipe).frames(asked)
+        tile = sampler.tile_of(pipe)
+        assert tile == (8 if tile_pixels == 8 else None), "16 pixels are the whole image"
+        code = painting.python_code(tmp_path / "export", asked, "cpu", stock=False, tile_pixels=tile)
+        assert (drawn_by(code) == pixels(last.images)).all()
+        seen.append(pixels(last.images))
+    assert (seen[0] == seen[2]).all() and not (seen[0] == seen[1]).all()
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_code_draws_what_a_stock_export_does(tmp_path: Path, guidance: float) -> None:
     made = small_text_pipe(tmp_path / "text")

@@ -22,7 +22,7 @@ from pipeline.ema import Decay, Ema, Power
 from pipeline.errors import RunError, UsageError
 from pipeline.unet import build_unet
 from vae.config import VaeModelConfig
-from vae.model import build, load, weights_sha256
+from vae.model import build, encoder_sha256, load
 
 KINDS = (Decay(0.9), Power(0.05), Power(0.1))
 TRACKED = Power(0.13)  # directly, to compare with
@@ -48,7 +48,7 @@ class Made:
         self.latents = {
             "scale": 1.5,
             "shift": 0.0,
-            "origin": {"vae_sha256": weights_sha256(load(settings.vae.path)), "source_fingerprint": "0" * 64},
+            "origin": {"encoder_sha256": encoder_sha256(load(settings.vae.path)), "source_fingerprint": "0" * 64},
         }
         self.names = [name for name, _ in self.unet.named_parameters()]
         self.weights = [p.detach().clone() for p in self.unet.parameters()]

@@ -104,9 +104,9 @@ def test_latents_of_another_vae_are_refused(world: World, made: World) -> None:
     tensors["encoder.conv_in.bias"][0] += 1e-3
     save_file(tensors, file, metadata={"format": "pt"})
     assert world.do("train", f"vae.path={other}") == [2]
-    assert "these latents were made by the VAE" in world.said() and "Traceback" not in world.said()
+    assert "these latents were made by the encoder" in world.said() and "Traceback" not in world.said()
     assert world.do("encode", f"vae.path={other}") == [2]
-    assert "vae_sha256 was" in world.said() and "Traceback" not in world.said()
+    assert "encoder_sha256 was" in world.said() and "Traceback" not in world.said()
 
 
 def test_a_class_that_the_config_does_not_know_is_refused(world: World) -> None:

@@ -232,28 +232,32 @@ class VaeConfig(Section):
     path: str = Field(
         default_factory=_trained_autoencoder,
         min_length=1,
-        description="The autoencoder that encodes and decodes: a diffusers folder, or a hub id org/name, which "
-        "is downloaded.  Left out: the one in run_dir.",
+        description="The autoencoder that encodes and decodes: a diffusers folder, or one with vae/ inside, or a hub "
+        "id org/name of either, which is downloaded, or a .safetensors file in diffusers' or Stable Diffusion's own "
+        "format.  Left out: the one in run_dir.",
         json_schema_extra=FREE,
     )
     preview: str | None = Field(
         default=None,
         min_length=1,
-        description="An AutoencoderTiny made for this autoencoder's latents, which decodes the pictures while the "
-        "U-Net trains, fast: a diffusers folder or a hub id org/name, such as madebyollin/taesd. null: path decodes.",
+        description="An AutoencoderTiny made for this autoencoder's latents at their published scale, which decodes "
+        "the pictures while the U-Net trains, fast: a diffusers folder or a hub id org/name, such as "
+        "madebyollin/taesd. null: path decodes. All other programs decode with path.",
         json_schema_extra=FREE,
     )
     tile_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="Side of the tiles in which larger images are decoded, which bounds the memory; neighbours share a "
-        "quarter. null: whole.",
+        description="Side of the tiles in which larger images are encoded and decoded, which bounds the memory; "
+        "neighbours share a quarter, and it is a multiple of 4 times the autoencoder's factor. Latents of tiles differ "
+        "from those of whole images. null: whole.",
         json_schema_extra=FREE,
     )
     latent_scale: Literal["measured", "own"] = Field(
         default="measured",
         description="What latents are multiplied by for the U-Net: 1 over the standard deviation measured on these "
-        "images; own: the scaling_factor and shift_factor of the VAE's config.json, which a pretrained U-Net expects.",
+        "images; own: the scaling_factor and shift_factor of the VAE's config.json, which a pretrained U-Net expects "
+        "(a single file says none).",
     )
     model: VaeModelConfig = Field(
         default=VaeModelConfig(), description="Architecture, where it is trained from scratch."

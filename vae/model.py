@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from vae.config import VaeModelConfig
+from vae.pretrained import open_pretrained
+from vae.single_file import is_single_file, open_single_file
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ENCODER = ("encoder.", "quant_conv.")  # what the weights that make latents begin with
+ADVICE = "train the autoencoder first, or name an existing diffusers folder, a hub id org/name or a .safetensors file"
 
 
 def build(config: VaeModelConfig) -> AutoencoderKL:
@@ -37,32 +40,39 @@ def build(config: VaeModelConfig) -> AutoencoderKL:
     return AutoencoderKL(**shape, scaling_factor=1.0).train()
 
 
-def load(path: str | Path, *, revision: str | None = None) -> AutoencoderKL:
+def load(path: str | Path, *, revision: str | None = None, norm_num_groups: int | None = None) -> AutoencoderKL:
     """A finished autoencoder, frozen: fp32 on the CPU, in eval mode, without gradients.
 
     path: a diffusers folder of the autoencoder, or one with `vae/` inside (a whole pipeline), or a hub id
-    `org/name` of either kind, downloaded at `revision` (branch, tag or commit).  A name whose first part is a
-    folder here is taken for a path, so that a typing error downloads nothing.
+    `org/name` of either kind, downloaded at `revision` (branch, tag or commit); or one .safetensors file, of the
+    autoencoder or of a whole checkpoint, in diffusers' format or Stable Diffusion's.  A file doesn't say how many
+    groups its norms have: `norm_num_groups`, else 32; nor at what scale its latents were used: `scaling_factor` None.
 
     OSError: FileNotFoundError where no autoencoder is there, others where its files are broken.
-    ValueError: another kind of model, or weights that don't fit its config.json.
+    ValueError: another kind of model, a pickle, or weights that don't fit its config.json.
     """
-    folder = Path(path).expanduser()
-    if folder.exists():
-        return _freeze(_open(str(folder), _subfolder(folder), None))
-    if not HUB_ID.fullmatch(str(path)) or folder.parent.exists():
-        raise FileNotFoundError(
-            f"{str(path)!r} came, and there is no such folder; train the autoencoder first, or name an existing "
-            "diffusers folder or a hub id org/name"
-        )
-    try:
-        return _freeze(_open_from_hub(str(path), revision))
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"{str(path)!r} came, which is no folder here, and the hub gave no autoencoder ({reason}); correct "
-            "the name, or train or download the autoencoder first"
-        ) from error
+    return _open(path, revision, norm_num_groups).requires_grad_(False).eval()
+
+
+def open_trainable(
+    path: str | Path, *, revision: str | None = None, norm_num_groups: int | None = None
+) -> AutoencoderKL:
+    """The same, to go on training: in training mode, with gradients for all of it."""
+    return _open(path, revision, norm_num_groups).requires_grad_(True).train()
+
+
+def freeze_encoder(vae: AutoencoderKL) -> None:
+    """Let only the decoder learn, with post_quant_conv: what makes latents stays as it is."""
+    for name, weight in vae.named_parameters():
+        weight.requires_grad_(not name.startswith(ENCODER))
+
+
+def encoder_sha256(vae: AutoencoderKL) -> str:
+    """SHA-256 of the weights that latents depend on: those of the encoder and quant_conv.
+
+    An autoencoder with another decoder has the same one, and serves for the same latents.
+    """
+    return state_sha256({name: weight for name, weight in vae.state_dict().items() if name.startswith(ENCODER)})
 
 
 def weights_sha256(vae: AutoencoderKL) -> str:
@@ -86,47 +96,10 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _subfolder(folder: Path) -> str | None:
-    """Where in a local folder the autoencoder lies: at its root (None) or in `vae`."""
-    if (folder / "config.json").is_file():
-        return None
-    if (folder / "vae" / "config.json").is_file():
-        return "vae"
-    raise FileNotFoundError(
-        f"{str(folder)!r} came, which holds neither config.json nor vae/config.json; a folder that diffusers' "
-        "AutoencoderKL.save_pretrained wrote is wanted"
-    )
-
-
-def _open_from_hub(hub_id: str, revision: str | None) -> AutoencoderKL:
-    try:
-        return _open(hub_id, None, revision)
-    except OSError:  # no config.json at the root: a whole pipeline keeps its autoencoder in vae/
-        return _open(hub_id, "vae", revision)
-
-
-def _open(source: str, subfolder: str | None, revision: str | None) -> AutoencoderKL:
-    where = f"{source}/{subfolder}" if subfolder else source
-    place: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-    config = cast(dict[str, Any], AutoencoderKL.load_config(source, **place))
-    if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{where!r} is of class {config.get('_class_name')}, AutoencoderKL is wanted")
-    vae, loaded = cast(
-        tuple[AutoencoderKL, dict[str, list[Any]]],
-        AutoencoderKL.from_pretrained(
-            source,
-            **place,
-            torch_dtype=torch.float32,
-            use_safetensors=True,  # a pickle may run code when it is opened
-            output_loading_info=True,
-        ),
-    )
-    # diffusers only warns, and leaves weights that are missing without a value
-    unfit = {kind: names[:3] for kind, names in loaded.items() if names}
-    if unfit:
-        raise ValueError(f"the weights in {where!r} don't fit the config.json beside them: {unfit}")
-    return vae
-
-
-def _freeze(vae: AutoencoderKL) -> AutoencoderKL:
-    return vae.requires_grad_(False).eval()
+def _open(path: str | Path, revision: str | None, norm_num_groups: int | None) -> AutoencoderKL:
+    place = Path(path).expanduser()
+    if not is_single_file(path):
+        return open_pretrained(AutoencoderKL, path, what="autoencoder", advice=ADVICE, revision=revision)
+    if place.name == SAFETENSORS_WEIGHTS_NAME and (place.parent / "config.json").is_file():  # it says more
+        return open_pretrained(AutoencoderKL, place.parent, what="autoencoder", advice=ADVICE)
+    return open_single_file(place, norm_num_groups=norm_num_groups)

@@ -65,6 +65,25 @@ class LatentScale:
         return z_0 / self.scale + self.shift
 
 
+def published_scale(vae: AutoencoderKL) -> LatentScale:
+    """The scale in the autoencoder's config.json, which diffusion models that were made for it expect.
+
+    ValueError: it says none, as one opened from a single file, or one for each channel.
+    """
+    said = vae.config
+    if said.get("latents_mean") is not None or said.get("latents_std") is not None:
+        raise ValueError(
+            "the autoencoder's config.json has latents_mean and latents_std, a scale for each channel; one "
+            "scaling_factor was wanted"
+        )
+    if said["scaling_factor"] is None:
+        raise ValueError(
+            "the autoencoder says no scaling_factor (a single file can't); its diffusers folder, whose config.json "
+            "does, was wanted"
+        )
+    return LatentScale(float(said["scaling_factor"]), float(said.get("shift_factor") or 0))
+
+
 @dataclass
 class MomentStatistics:
     """Exact first and second moments of z ~ q(z|x), per channel, over all the images seen.

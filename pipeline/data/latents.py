@@ -29,7 +29,7 @@ TEXT_PART = "text.npy"  # fp16 [L,D], the caption's embedding
 POOLED_PART = "text_pooled.npy"  # fp16 [P], what the second of two text encoders pools of it
 SIZE_PART = "size.json"  # {"height", "width"} of the image as it was found, pixels
 DESCRIPTION = "dataset.json"
-FORMAT = 1
+FORMAT = 2
 HEADER_BYTES = struct.Struct("<H")  # of an .npy 1.0, at its ninth byte: the length of the rest of its header
 INFINITY, MINUS_INFINITY = 0x7C00, 0xFC00  # as bits of fp16
 
@@ -137,7 +137,7 @@ def crop_name(num_crops: int) -> str:
 class Origin:
     """What the latents depend on.  Another value of any of these makes other latents."""
 
-    vae_sha256: str
+    encoder_sha256: str  # of the VAE: its decoder has no part in them
     image_size: int  # pixels
     crop: str  # see crop_name
     flip: bool  # whether each square was encoded mirrored, too
@@ -146,6 +146,7 @@ class Origin:
     source_fingerprint: str
     text_encoder_sha256: str | None = None  # null: no embeddings of captions
     image_sizes: bool = False  # whether the size of each image was noted
+    tile_pixels: int | None = None  # side of the tiles that the VAE saw; null: the whole image
 
 
 def describe(location: str | Path, remote: RemoteConfig | None = None) -> dict[str, Any]:
@@ -161,20 +162,22 @@ def describe(location: str | Path, remote: RemoteConfig | None = None) -> dict[s
 def open_latents(
     location: str | Path,
     *,
-    vae_sha256: str,
+    encoder_sha256: str,
     image_size: int,
     crop: str,
     flip: bool,
     encode_crops: int,
     text_encoder_sha256: str | None = None,
     image_sizes: bool = False,
+    tile_pixels: int | None = None,
     remote: RemoteConfig | None = None,
 ) -> dict[str, Any]:
     """A latent set's `dataset.json`, once it is found complete, made by this VAE, at this size and in these views.
 
     `location`: a folder or a URL; `crop`, `flip`, `encode_crops`: as DataConfig says; a held-out set has one centre
     view.  `text_encoder_sha256`: whose embeddings of captions must lie beside the latents, None: anybody's or none;
-    `image_sizes`: whether the size of each image must.  Raises UsageError.
+    `image_sizes`: whether the size of each image must; `tile_pixels`: of the tiles that they are to be encoded in,
+    None: whole.  Raises UsageError.
     """
     folder = str(location)
     if not is_url(folder) and not Path(folder).is_dir():
@@ -187,10 +190,11 @@ def open_latents(
     if not said.get("complete"):
         raise UsageError(f"{folder}: encode did not finish here; run the same encode command again")
     origin = said["origin"]
-    if origin["vae_sha256"] != vae_sha256:
+    if origin["encoder_sha256"] != encoder_sha256:
         raise UsageError(
-            f"{folder}: these latents were made by the VAE {origin['vae_sha256'][:12]}, vae.path names the VAE "
-            f"{vae_sha256[:12]}; encode again into another folder, or name the VAE that made them"
+            f"{folder}: these latents were made by the encoder {origin['encoder_sha256'][:12]}, vae.path names an "
+            f"autoencoder with the encoder {encoder_sha256[:12]}; encode again into another folder, or name an "
+            "autoencoder with the encoder that made them"
         )
     if origin["image_size"] != image_size:
         raise UsageError(
@@ -202,6 +206,11 @@ def open_latents(
             f"{folder}: these latents are of squares cut {origin['crop']!r}, {_mirrored(origin['flip'])}; data.crop, "
             f"data.encode_crops and data.flip ask for {wanted!r}, {_mirrored(flip)}; encode again into another folder, "
             "or set them as they were"
+        )
+    if origin["tile_pixels"] != tile_pixels:
+        raise UsageError(
+            f"{folder}: these latents were encoded {_pieces(origin['tile_pixels'])}, vae.tile_pixels asks for images "
+            f"encoded {_pieces(tile_pixels)}; encode again into another folder, or set it as it was"
         )
     made_by = origin.get("text_encoder_sha256")
     if text_encoder_sha256 is not None and made_by != text_encoder_sha256:
@@ -222,6 +231,10 @@ def open_latents(
 
 def _mirrored(flip: bool) -> str:
     return "as they are and mirrored" if flip else "never mirrored"
+
+
+def _pieces(tile_pixels: int | None) -> str:
+    return "whole" if tile_pixels is None else f"in tiles of {tile_pixels} px"
 
 
 def check_same_origin(folder: Path, said: dict[str, Any], origin: Origin) -> None:

@@ -106,8 +106,9 @@ def test_purposes_keep_their_numbers() -> None:
         "LIKELIHOOD_TIMESTEPS": 15,
         "LIKELIHOOD_NOISE": 16,
         "LIKELIHOOD_PROBE": 17,
-        "EVIDENCE_POSTERIOR": 20,
-        "EVIDENCE_FIT": 21,
+        "TRANSFORM": 18,
+        "EVIDENCE_POSTERIOR": 19,
+        "EVIDENCE_FIT": 20,
     }
 
 

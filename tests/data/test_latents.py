@@ -25,7 +25,7 @@ from pipeline.data.latents import (
 from pipeline.errors import UsageError
 
 ORIGIN = Origin(
-    vae_sha256="a" * 64,
+    encoder_sha256="a" * 64,
     image_size=32,
     crop="centre",
     flip=False,
@@ -50,7 +50,7 @@ def npy(array: Any) -> bytes:
 
 
 def open_latents(folder: Path, **other: Any) -> dict[str, Any]:
-    fitting = {"vae_sha256": "a" * 64, "image_size": 32, "crop": "centre", "flip": False, "encode_crops": 1}
+    fitting = {"encoder_sha256": "a" * 64, "image_size": 32, "crop": "centre", "flip": False, "encode_crops": 1}
     return latents.open_latents(folder, **(fitting | other))
 
 
@@ -159,8 +159,11 @@ def test_other_shards_than_encode_wrote_are_refused(folder: Path) -> None:
 
 
 def test_another_vae_is_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"made by the VAE aaaaaaaaaaaa, vae\.path names the VAE bbbbbbbbbbbb"):
-        open_latents(folder, vae_sha256="b" * 64)
+    with pytest.raises(
+        UsageError,
+        match=r"made by the encoder aaaaaaaaaaaa, vae\.path names an autoencoder with the encoder bbbbbbbbbbbb",
+    ):
+        open_latents(folder, encoder_sha256="b" * 64)
 
 
 def test_another_size_is_refused(folder: Path) -> None:
@@ -262,7 +265,7 @@ def test_mixed_sets_have_one_scale() -> None:
     variance = 0.75 * (4 + (1 - mean) ** 2) + 0.25 * (1 + (-3 - mean) ** 2)
     assert merged["scale"] == pytest.approx(variance**-0.5, rel=1e-12) and merged["shift"] == 0
     assert (merged["num_samples"], merged["label_counts"]) == (100, {"2": 100})
-    assert merged["origin"]["vae_sha256"] == ORIGIN.vae_sha256
+    assert merged["origin"]["encoder_sha256"] == ORIGIN.encoder_sha256
     assert merged["origin"]["source_fingerprint"] not in ("one", "two")
 
 
@@ -301,7 +304,7 @@ def test_the_same_origin_goes_on(folder: Path) -> None:
 
 
 OTHER: dict[str, Any] = {
-    "vae_sha256": "b" * 64,
+    "encoder_sha256": "b" * 64,
     "image_size": 64,
     "crop": "random",
     "flip": True,
@@ -309,6 +312,7 @@ OTHER: dict[str, Any] = {
     "batch_images": 32,
     "source_fingerprint": "0" * 64,
     "text_encoder_sha256": "c" * 64,
+    "tile_pixels": 16,
 }
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vae.config import VaeModelConfig
 from vae.metrics import reconstruct
-from vae.model import build, load, weights_sha256
+from vae.model import build, encoder_sha256, freeze_encoder, load, open_trainable, weights_sha256
 from vae.moments import encode_moments
 
 TINY = VaeModelConfig(block_out_channels=(4, 8), norm_num_groups=4)
@@ -50,6 +51,17 @@ def test_loaded_frozen_from_its_folder_or_a_pipeline(folder: Path) -> None:
     pipeline = folder.parent / "pipeline"
     vae.save_pretrained(pipeline / "vae")
     assert weights_sha256(load(str(pipeline))) == weights_sha256(vae)
+
+
+def test_opened_to_be_trained_on(folder: Path) -> None:
+    vae = open_trainable(folder)
+    assert vae.training and all(weight.requires_grad for weight in vae.parameters())
+    assert weights_sha256(vae) == weights_sha256(load(folder))
+    freeze_encoder(vae)
+    learning = {name for name, weight in vae.named_parameters() if weight.requires_grad}
+    assert learning == {name for name, _ in vae.named_parameters() if name.startswith(("decoder.", "post_quant_conv."))}
+    vae(torch.randn(1, 3, 8, 8)).sample.square().mean().backward()
+    assert {name for name, weight in vae.named_parameters() if weight.grad is not None} == learning
 
 
 def test_half_precision_weights_load_as_fp32(folder: Path) -> None:
@@ -151,10 +163,27 @@ def test_hash_sees_one_bit(folder: Path) -> None:
     assert weights_sha256(vae) == digest
 
 
+@pytest.mark.parametrize("with_quant", [True, False])
+def test_the_encoders_hash_is_of_what_makes_latents(with_quant: bool) -> None:
+    shape = {"use_quant_conv": with_quant, "use_post_quant_conv": with_quant, "norm_num_groups": 4}
+    vae = AutoencoderKL(**{**shape, "block_out_channels": (4,)}).requires_grad_(False)
+    x, digest = torch.randn(2, 3, 8, 8), encoder_sha256(vae)
+    moments = encode_moments(vae, x)
+    for name, weight in vae.named_parameters():
+        before = weight.clone()
+        weight.view(torch.int32).view(-1)[0] ^= 1
+        makes_latents = name.startswith(("encoder.", "quant_conv."))
+        assert (encoder_sha256(vae) != digest) == makes_latents, name
+        weight.copy_(before if makes_latents else before + 1)
+    assert encoder_sha256(vae) == digest != weights_sha256(vae)
+    assert torch.equal(encode_moments(vae, x), moments)
+
+
 def test_hash_is_pinned() -> None:
-    """Latents on disk carry this hash: another algorithm would disown every one of them."""
+    """Latents on disk carry the encoder's hash: another algorithm would disown every one of them."""
     vae = build(TINY)
     with torch.no_grad():
         for weight in vae.parameters():
             weight.copy_((torch.arange(weight.numel()) / 1024).view_as(weight))
     assert weights_sha256(vae) == "cfc0031071a89e09a5b9e646cf1b8f12242c7604c7f52ca2ecbe5d5617862669"
+    assert encoder_sha256(vae) == "8c79a1a9f185d884b250fd455adb0cbb35e3990734bee95517a72f80ba277129"
