@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +23,7 @@ import numpy as np
 import torch
 from fresh_clone import figure
 from PIL import Image
+from verbs import ROOT, run
 from webdataset.writer import TarWriter
 
 from pipeline.config_file import load_config
@@ -39,22 +37,8 @@ from pipeline.sampler import Asked, draw, open_export
 from vae.metrics import psnr, reconstruct
 from vae.model import load
 
-ROOT = Path(__file__).resolve().parents[1]
 DIGITS, EMOJI = (ROOT / "configs" / f"{name}_text.yaml" for name in ("digits", "emoji"))
 CHOSEN = 64
-
-
-def run(folder: Path, *words: str) -> float:
-    """Run a verb on one thread; the CPU minutes it took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline", *words]
-    with (folder / f"{words[0]}.log").open("w") as log:
-        done = subprocess.run(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise SystemExit((folder / f"{words[0]}.log").read_text()[-4000:])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
 
 
 def choose(source: Path, out: Path, seed: int) -> list[int]:

@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("measure-vae", __doc__ or "")
     for option, default, told in (
-        ("--bound-images", measuring.BOUND_IMAGES, "images that the bound is measured on, evenly spaced over the set"),
+        (
+            "--bound-images",
+            measuring.BOUND_IMAGES,
+            "images that the bound is measured on, evenly spaced over the set; 0: none",
+        ),
         ("--bound-draws", measuring.BOUND_DRAWS, "posterior draws of each, the K of IWAE"),
     ):
         made.add_argument(option, type=int, default=default, metavar="N", help=f"{told} (default: {default})")
@@ -38,13 +42,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_vae(config: Config, args: argparse.Namespace) -> None:
     """config → engine → the frozen autoencoder → scores and pictures."""
     for option in ("bound_images", "bound_draws"):
-        if (came := getattr(args, option)) < 1:
-            raise UsageError(f"--{option.replace('_', '-')}: {came} came, at least 1 was wanted")
+        least = 0 if option == "bound_images" else 1
+        if (came := getattr(args, option)) < least:
+            raise UsageError(f"--{option.replace('_', '-')}: {came} came, at least {least} was wanted")
     engine = Engine(config.engine)
     with blame("vae.path"):
         vae = load(config.vae.path)
+    perceptual = None
+    if config.vae.train.perceptual is not None:
+        from vae.perceptual import open_perceptual
+
+        with blame("vae.train.perceptual.backbone"):
+            perceptual = open_perceptual(config.vae.train.perceptual.backbone).to(engine.device).distance
     folder = Path(config.vae.run_dir) / "measured"
-    scores = measure(engine, vae, config, folder, bound_images=args.bound_images, bound_draws=args.bound_draws)
+    scores = measure(
+        engine,
+        vae,
+        config,
+        folder,
+        perceptual=perceptual,
+        bound_images=args.bound_images,
+        bound_draws=args.bound_draws,
+    )
     if engine.is_main:
         show(scores, folder)
 

@@ -55,7 +55,8 @@ def measure(
     """Write scores.json, reconstructions.png and interpolations.png into a folder; the scores.
 
     Every rank calls it: they share out the training images, and rank 0 does the rest.  vae: frozen, fp32; it is moved
-    to the engine's device and computes in fp32.  perceptual: (x_hat, x) → [B], on that device.
+    to the engine's device and computes in fp32.  perceptual: (x_hat, x) → [B], on that device.  bound_images: 0 leaves
+    the bound out.
 
     Raises UsageError: a network that doesn't fit the images, images that can't be read, values that aren't finite.
     """
@@ -82,9 +83,10 @@ def measure(
         with blame("vae.path"):
             found = autoencoder.reconstruct_all(measured, classifier, perceptual)
             scores |= reconstruction_scores(found, config.data.image_size)
-            log_variance = autoencoder.fitted_log_variance(train.pixels)
-            bounds = autoencoder.bounds(measured, log_variance, num_images=bound_images, num_draws=bound_draws)
-            scores |= bound_scores(bounds, bound_draws)
+            if bound_images:
+                log_variance = autoencoder.fitted_log_variance(train.pixels)
+                bounds = autoencoder.bounds(measured, log_variance, num_images=bound_images, num_draws=bound_draws)
+                scores |= bound_scores(bounds, bound_draws)
         draw_reconstructions(folder / "reconstructions.png", autoencoder, measured, found.psnr_db, key)
         draw_interpolations(folder / "interpolations.png", autoencoder, measured, key)
         files.write_json(folder / "scores.json", scores)
@@ -93,12 +95,12 @@ def measure(
     return engine.main_does(on_main)
 
 
-def refuse_misfit(vae: AutoencoderKL, image_size: int) -> None:
-    """Raise UsageError where images of this size, in RGB, are none that the autoencoder takes and gives."""
+def refuse_misfit(vae: AutoencoderKL, image_size: int, key: str = "vae.path") -> None:
+    """Raise UsageError where images of this size, in RGB, are none that the autoencoder of `key` takes and gives."""
     for name in ("in_channels", "out_channels"):
         if vae.config[name] != 3:
             raise UsageError(
-                f"vae.path: an autoencoder with {name}: {vae.config[name]} came, 3 was wanted: images are read as RGB"
+                f"{key}: an autoencoder with {name}: {vae.config[name]} came, 3 was wanted: images are read as RGB"
             )
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     if image_size % factor:
@@ -306,6 +308,7 @@ def show(scores: Scores, folder: Path) -> None:
     console.print(rest)
     if "reconstruction/frechet_distance" in scores:
         console.print("rFD is biased at few images, and coverage depends on how many: compare equal numbers")
-    draws, levels = scores["bound/num_draws"], scores["bound/decoder_std_levels"]
-    console.print(f"bounds: of a density of pixels in [-1,1]; decoder σ {levels:.2f} levels; IWAE of {draws} draws")
+    if "bound/num_draws" in scores:
+        draws, levels = scores["bound/num_draws"], scores["bound/decoder_std_levels"]
+        console.print(f"bounds: of a density of pixels in [-1,1]; decoder σ {levels:.2f} levels; IWAE of {draws} draws")
     console.print(f"pictures: {folder}/reconstructions.png, interpolations.png")

@@ -13,9 +13,8 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -33,12 +32,16 @@ from pipeline.data.pieces import ClassLabel, Piece, Pixels, PosteriorNoise, Tran
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.health import Health, thumbnails
+from pipeline.measuring import measure, refuse_misfit, show, stream_statistics
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Adversary, Course, Training
+from vae.channels import mixed_channels
 from vae.config import AdversaryConfig
 from vae.discriminator import PatchDiscriminator, build_discriminator
-from vae.model import build, weights_sha256
+from vae.folding import fold_normalisation
+from vae.model import build, freeze_encoder, load, open_trainable, weights_sha256
+from vae.moments import mixed_scale
 from vae.objective import Objective
 from vae.steps import AutoencoderStep
 
@@ -61,19 +64,21 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     engine.main_does(lambda: claim(run, config, IDENTITY))
 
     # autoencoder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 1))
-        autoencoder = build(config.vae.model)
+    if settings.start_from is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(integer_seed(config.seed, Purpose.INITIAL_WEIGHTS, 1))
+            autoencoder = build(config.vae.model)
+    else:
+        with blame("vae.train.start_from"):
+            autoencoder = open_trainable(settings.start_from)
+    started_from = None if settings.start_from is None else weights_sha256(autoencoder)
+    if settings.trained == "decoder":
+        freeze_encoder(autoencoder)
+    refuse_misfit(autoencoder, config.data.image_size, "vae.train.start_from" if settings.start_from else "vae.model")
     if config.engine.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
-    if config.data.image_size % factor:
-        raise UsageError(
-            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
-        )
-
     # data
-    side = config.data.image_size // factor
+    side = config.data.image_size // 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
     pieces: list[Piece] = [
         Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip),
         PosteriorNoise(config.seed, (int(autoencoder.config["latent_channels"]), side, side)),
@@ -143,7 +148,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
             rule=UpdateRule(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip_norm=settings.gradient_clip_norm),
         ),
         config=config,
-        record={},
+        record={"started_from": started_from},
         adversary=adversary,
         carried=objective.carried | {"best_coverage": health.best_coverage},
         shown=SHOWN,
@@ -159,10 +164,27 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         if step % settings.check_every_steps == 0 and engine.is_main:
             training.journal.note(step, health.look(step, autoencoder, training.journal.newest))
 
+    # the diffusers folder, and figures
+    normalisation = settings.latent_normalisation
+    trained = run / ("autoencoder" if normalisation == "none" else "unnormalised")
     weights = training.learner.whole("autoencoder")
-    digest = engine.main_does(partial(finish, config, autoencoder, weights))
+    engine.main_does(lambda: save(with_weights(autoencoder, weights), trained))
+    finished = load(trained)
+    if normalisation != "none":
+        finished = normalised(engine, finished, config, normalisation)
+        engine.main_does(lambda: save(finished, run / "autoencoder"))
+    scores = measure(
+        engine,
+        finished,
+        config,
+        run / "measured",
+        perceptual=perceptual.distance if perceptual else None,
+        bound_images=config.evaluation.likelihood.num_images,
+    )
+    engine.main_does(lambda: write_status(run, "done", step=settings.steps))
     if engine.is_main:
-        program.say(f"the autoencoder {digest[:12]} is in {run / 'autoencoder'}")
+        show(scores, run / "measured")
+        program.say(f"the autoencoder {weights_sha256(finished)[:12]} is in {run / 'autoencoder'}")
 
 
 def check_game(config: Config, rules: AdversaryConfig, engine: Engine) -> None:
@@ -208,15 +230,29 @@ def images_to_look_at(config: Config) -> NDArray[np.float32]:
         return to_unit(read_images(where, size=data.image_size, limit=HEALTH_IMAGES, remote=data.remote).pixels)
 
 
-def finish(config: Config, autoencoder: AutoencoderKL, weights: dict[str, Tensor]) -> str:
-    """Rank 0: the autoencoder of these weights as a diffusers folder; their hash."""
-    run = Path(config.vae.run_dir)
-    finished = cast(AutoencoderKL, AutoencoderKL.from_config(autoencoder.config))
-    finished.load_state_dict(weights)
-    with files.whole_folder(run / "autoencoder") as aside:
-        finished.save_pretrained(aside)
-    write_status(run, "done", step=config.vae.train.steps)
-    return weights_sha256(finished)
+def with_weights(like: AutoencoderKL, weights: dict[str, Tensor]) -> AutoencoderKL:
+    """An autoencoder of this shape and these fp32 weights, apart from what a wrapper may have done to the other."""
+    made = cast(AutoencoderKL, AutoencoderKL.from_config(like.config))
+    made.load_state_dict(weights)
+    return made
+
+
+def normalised(engine: Engine, vae: AutoencoderKL, config: Config, kind: Literal["scalar", "channel"]) -> AutoencoderKL:
+    """The autoencoder whose latents have mean 0 and standard deviation 1 over the training set."""
+    Module.to(vae, engine.device)
+    statistics, weights = stream_statistics(engine, vae, config), config.data.weights or (1.0,)
+    channels = mixed_channels(statistics, weights)
+    mean, std = channels.mean, channels.std
+    if kind == "scalar":
+        scale = mixed_scale([each.moments for each in statistics], weights).scale
+        return fold_normalisation(vae, sum(mean) / len(mean), 1 / scale)
+    return fold_normalisation(vae, mean, std)
+
+
+def save(autoencoder: AutoencoderKL, folder: Path) -> None:
+    """Write the diffusers folder, whole."""
+    with files.whole_folder(folder) as aside:
+        autoencoder.save_pretrained(aside)
 
 
 if __name__ == "__main__":

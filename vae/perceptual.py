@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vae.model import HUB_ID
+from vae.pretrained import HUB_ID
 
 EPS = 1e-10  # beside the squared norm of the features of one position
 PROBE_SIDE = 224  # pixels a side of what a network that names no image_size is looked at with
