@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetModel
 from world import World, losses, rows
 
 from pipeline import checkpoint
 from vae.discriminator import PatchDiscriminator
+from vae.metrics import reconstruct
+from vae.model import encoder_sha256, load
+from vae.moments import encode_moments
 
 GAME = {
     "adversary": {
@@ -184,6 +189,94 @@ def test_each_collapse_raises_its_alarm(
     assert alarm in alarms(run)
     assert "warning: step " in log.read_text() and told in log.read_text()
     assert alarms(run).count(alarm) <= 2, "said when it begins, not at each look"
+
+
+# From one that is there, and what comes out -----------------------------------------------------------
+
+
+def latents_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return encode_moments(vae, x)
+
+
+def test_fine_tuning_begins_with_what_is_there(made: World, tmp_path: Path) -> None:
+    """With perceptual features of a transformers network that lies in a folder, which stays as it is."""
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shape = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+        ResNetModel(shape).save_pretrained(tmp_path / "eyes")
+    start = made.root / "vae" / "autoencoder"
+    settings = GAME | {
+        "steps": 10,
+        "warmup_steps": 0,
+        "start_from": str(start),
+        "perceptual": {"backbone": str(tmp_path / "eyes"), "weight": 0.1},
+    }
+    words = words_of(settings, run, "vae.model.block_out_channels=[64,64]")  # it brings its own shape
+    assert made.do("train_vae", *words, log=log) == [0], log.read_text()
+    first = next(row for row in rows(run) if row["step"] == 1)
+    fresh = next(row for row in rows(made.root / "vae") if row["step"] == 1)
+    assert first["reconstruction"] < 0.5 * fresh["reconstruction"] and first["perceptual"] > 0
+    scores = json.loads((run / "measured" / "scores.json").read_text())
+    assert scores["reconstruction/perceptual_distance"] > 0
+    assert {"reconstructions.png", "interpolations.png"} <= {path.name for path in (run / "measured").iterdir()}
+
+    missing = words_of(settings | {"perceptual": {"backbone": str(tmp_path / "no")}}, tmp_path / "other")
+    assert made.do("train_vae", *missing, log=log) == [2]
+    assert "vae.train.perceptual.backbone: " in log.read_text().splitlines()[-1]
+    changed = tmp_path / "changed"
+    vae = load(start)
+    vae.decoder.conv_in.bias.data += 1
+    vae.save_pretrained(changed)
+    again = words_of(settings | {"start_from": str(changed), "steps": 12}, run, "vae.model.block_out_channels=[64,64]")
+    assert made.do("train_vae", *again, log=log) == [2]
+    assert "start_from" in log.read_text().splitlines()[-1]
+
+
+def test_the_decoder_alone_learns_and_latents_stay(made: World, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    start = made.root / "vae" / "autoencoder"
+    settings = GAME | {"steps": 6, "start_from": str(start), "trained": "decoder", "kl_weight": 0.0}
+    assert made.do("train_vae", *words_of(settings, run), log=log) == [0], log.read_text()
+    before, after = load(start), load(run / "autoencoder")
+    assert encoder_sha256(before) == encoder_sha256(after)
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(latents_of(before, x), latents_of(after, x))
+    weights = dict(before.named_parameters())
+    moved = {name for name, weight in after.named_parameters() if not torch.equal(weight, weights[name])}
+    wanted = {name for name in weights if name.startswith(("decoder.", "post_quant_conv."))}
+    assert moved <= wanted and len(moved) > 0.9 * len(wanted)
+    # What was encoded and trained with the other decoder goes on with this one.
+    words = [f"vae.path={run / 'autoencoder'}", f"run_dir={tmp_path / 'unet'}", "train.steps=4"]
+    assert made.do("train", *words, log=log) == [0], log.read_text()
+    for verb in ("export", "evaluate"):
+        assert made.do(verb, *words, log=log) == [0], log.read_text()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "channel"])
+def test_normalised_latents_come_out_of_the_autoencoder_itself(made: World, tmp_path: Path, kind: str) -> None:
+    """steps: 0 normalises what is there; images stay, latents have mean 0 and deviation 1, and encode finds them so."""
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    start = made.root / "vae" / "autoencoder"
+    settings = {"steps": 0, "start_from": str(start), "latent_normalisation": kind}
+    ranks = 2 if kind == "channel" else 1
+    assert made.do("train_vae", *words_of(settings, run), ranks=ranks, log=log) == [0] * ranks, log.read_text()
+    scores = json.loads((run / "measured" / "scores.json").read_text())
+    assert scores["latent/scale"] == pytest.approx(1, rel=1e-4)
+    if kind == "channel":
+        assert scores["latent/mean"] == pytest.approx([0] * 4, abs=1e-4)
+        assert scores["latent/std"] == pytest.approx([1] * 4, rel=1e-4)
+    else:
+        assert sum(scores["latent/mean"]) == pytest.approx(0, abs=1e-3)
+    before, after = load(start), load(run / "autoencoder")
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.allclose(reconstruct(before, x), reconstruct(after, x), atol=1e-5)
+    assert after.config["scaling_factor"] == 1.0
+    assert torch.equal(latents_of(load(run / "unnormalised"), x), latents_of(before, x))
+    words = [f"vae.path={run / 'autoencoder'}", f"data.train_latents={tmp_path / 'latents'}"]
+    assert made.do("encode", *words, log=log) == [0], log.read_text()
+    assert "the measured scale to train with is 1.000" in log.read_text()
 
 
 # What can't be -------------------------------------------------------------------------------------
