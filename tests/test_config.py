@@ -166,7 +166,7 @@ def test_an_unknown_key_in_the_file(path: Path, text: str, line: int, key: str, 
         ("optimizer.learning_rat=1", "nearest known key: optimizer.learning_rate"),
         ("train.learning_rate=1", "nearest known key: optimizer.learning_rate"),
         ("vae.train.lr_warmup_steps=1", "nearest known key: vae.train.warmup_steps"),
-        ("vae.zzz=1", "known here: run_dir, path, latent_scale, model, train"),
+        ("vae.zzz=1", "known here: run_dir, path, preview, tile_pixels, latent_scale, model, train"),
         ("zzz.zzz=1", "known here: run_dir, seed, data, vae"),
     ],
 )

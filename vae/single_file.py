@@ -15,6 +15,7 @@ from torch import Tensor
 SINGLE_FILE = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors: in a whole checkpoint, or alone
+OF_TRAINING = ("model_ema.decay", "model_ema.num_updates")  # left there, as are the networks of its loss, "loss."
 USUAL_GROUPS = 32  # of every GroupNorm, in all that were published
 TILE_PIXELS = 512  # of who calls enable_tiling() and says no more; no part of the network
 
@@ -103,7 +104,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         weights = {
             diffusers_name(name, num_levels): opened.get_tensor(named).float()
             for named, name in own.items()
-            if not name.startswith("loss.")  # networks that only its training used
+            if not name.startswith("loss.") and name not in OF_TRAINING
         }
     # Stable Diffusion's attention is made of 1×1 convolutions, diffusers' of linear layers.
     return {n: w.flatten(1) if ".attentions." in n and w.ndim == 4 else w for n, w in weights.items()}
