@@ -102,7 +102,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         own = {name: name.removeprefix(found[0]) for name in names if name.startswith(found[0])}
         num_levels = len({name.split(".")[2] for name in own.values() if name.startswith("decoder.up.")})
         weights = {
-            diffusers_name(name, num_levels): opened.get_tensor(named).float()
+            diffusers_name(name, num_levels): opened.get_tensor(named).to(
+                torch.float32, copy=True
+            )  # else the file stays mapped
             for named, name in own.items()
             if not name.startswith("loss.") and name not in OF_TRAINING
         }
