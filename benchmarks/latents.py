@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from verbs import ROOT, run
 CONFIG = ROOT / "configs" / "digits_class.yaml"
 KINDS = {  # name → autoencoder it comes from, normalisation
     "plain": ("plain", "none"),
-    "scalar": ("plain", "scalar"),
     "channel": ("plain", "channel"),
     "equivariant": ("equivariant", "none"),
     "equivariant, channel": ("equivariant", "channel"),
+    "scalar": ("plain", "scalar"),
 }
 SHARES = {"plain": 0.0, "equivariant": 0.5}
 MEASURES = ("frechet_distance", "kernel_distance", "class_accuracy", "recall", "coverage")
@@ -43,7 +44,11 @@ def main() -> None:
         folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         run(folder, "prepare", "digits", "data/digits")
-        found = {kind: [score(folder, kind, seed, args.steps) for seed in range(args.seeds)] for kind in KINDS}
+        found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for seed in range(args.seeds):
+            for kind, scores in found.items():
+                scores.append(score(folder, kind, seed, args.steps))
+                print(f"{kind}, seed {seed}: {scores[-1]}", file=sys.stderr, flush=True)
     for kind, scores in found.items():
         for measure in ("psnr_db", *MEASURES):
             values = [of_seed[measure] for of_seed in scores]

@@ -14,9 +14,13 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_pipe import small_pipe
 from world import World, losses
 
+from pipeline import sampler
+from pipeline.config import DiffusionConfig
 from vae.model import encoder_sha256, load, weights_sha256
+from vae.moments import LatentScale
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -139,6 +143,14 @@ def test_a_pickle_for_an_autoencoder_is_refused(world: World, tmp_path: Path) ->
     torch.save({}, tmp_path / "vae.ckpt")
     assert world.do("encode", f"vae.path={tmp_path / 'vae.ckpt'}") == [2]
     assert "vae.path: " in world.said() and "is a pickle" in world.said() and "Traceback" not in world.said()
+
+
+def test_a_scale_for_each_channel_does_not_reach_the_export() -> None:
+    """SDXL's stock pipeline would use it, and the U-Net was trained at another one."""
+    pipe = small_pipe()
+    pipe.vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
+    again = sampler.assemble(pipe.unet, pipe.vae, LatentScale(0.5), DiffusionConfig(), None)
+    assert again.vae.config["latents_mean"] is None and again.vae.config["latents_std"] is None
 
 
 # pictures on the way ------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 SINGLE_FILE = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 PREFIXES = ("first_stage_model.", "vae.", "")  # of the autoencoder's tensors: in a whole checkpoint, or alone
+OF_TRAINING = ("model_ema.decay", "model_ema.num_updates")  # left there, as are the networks of its loss, "loss."
 USUAL_GROUPS = 32  # of every GroupNorm, in all that were published
 TILE_PIXELS = 512  # of who calls enable_tiling() and says no more; no part of the network
 
@@ -101,9 +102,11 @@ def _read(file: Path) -> dict[str, Tensor]:
         own = {name: name.removeprefix(found[0]) for name in names if name.startswith(found[0])}
         num_levels = len({name.split(".")[2] for name in own.values() if name.startswith("decoder.up.")})
         weights = {
-            diffusers_name(name, num_levels): opened.get_tensor(named).float()
+            diffusers_name(name, num_levels): opened.get_tensor(named).to(
+                torch.float32, copy=True
+            )  # else the file stays mapped
             for named, name in own.items()
-            if not name.startswith("loss.")  # networks that only its training used
+            if not name.startswith("loss.") and name not in OF_TRAINING
         }
     # Stable Diffusion's attention is made of 1×1 convolutions, diffusers' of linear layers.
     return {n: w.flatten(1) if ".attentions." in n and w.ndim == 4 else w for n, w in weights.items()}
