@@ -102,14 +102,15 @@ def _read(file: Path) -> dict[str, Tensor]:
         own = {name: name.removeprefix(found[0]) for name in names if name.startswith(found[0])}
         num_levels = len({name.split(".")[2] for name in own.values() if name.startswith("decoder.up.")})
         weights = {
-            diffusers_name(name, num_levels): opened.get_tensor(named).to(
-                torch.float32, copy=True
-            )  # else the file stays mapped
+            diffusers_name(name, num_levels): opened.get_tensor(named)
             for named, name in own.items()
             if not name.startswith("loss.") and name not in OF_TRAINING
         }
-    # Stable Diffusion's attention is made of 1×1 convolutions, diffusers' of linear layers.
-    return {n: w.flatten(1) if ".attentions." in n and w.ndim == 4 else w for n, w in weights.items()}
+    for name, weight in weights.items():
+        # Stable Diffusion's attention is made of 1×1 convolutions, diffusers' of linear layers.
+        shaped = weight.flatten(1) if ".attentions." in name and weight.ndim > 2 else weight
+        weights[name] = shaped.to(torch.float32, copy=True)  # or the file would stay mapped
+    return weights
 
 
 def diffusers_name(name: str, num_levels: int) -> str:
