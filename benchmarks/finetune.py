@@ -7,7 +7,7 @@ on for as many steps with the square error, and with perceptual and adversarial 
 between all emoji and their reconstructions is better; PSNR is given.
 
 No pretrained network is needed: the perceptual backbone is a ResNet that tells single emoji from one another under
-crops, shades and noise; the features of the distance are those of a ConvNeXt that knows the words of their names,
+crops, shades and noise; the features of the distance are those of a RegNet that knows the words of their names,
 trained apart.  Neither saw a reconstruction.
 """
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import ConvNextConfig, ConvNextModel, ResNetConfig, ResNetModel
+from transformers import RegNetConfig, RegNetModel, ResNetConfig, ResNetModel
 from verbs import ROOT, run
 
 from pipeline.data.dataset import read_images
@@ -40,7 +40,7 @@ from vae.model import load
 CONFIG = ROOT / "configs" / "emoji_text.yaml"
 SIZE = 64  # pixels
 NUM_WORDS = 128  # the most frequent ones of the names
-EPOCHS = 15
+EPOCHS = 25
 Loss = Callable[[Tensor, Tensor], Tensor]
 WORDS = [
     f"data.image_size={SIZE}",
@@ -190,16 +190,18 @@ def train_backbone(x: Tensor) -> ResNetModel:
 
 
 def train_features(x: Tensor, captions: list[str]) -> Callable[[Tensor], NDArray[np.float32]]:
-    """The last features of a ConvNeXt that says which frequent words an emoji's name has: [N,3,H,W] → [N,128]."""
+    """The last features of a RegNet that says which frequent words an emoji's name has: [N,3,H,W] → [N,128]."""
     torch.manual_seed(1)
     names = [set(re.findall(r"[a-z]+", caption.lower())) for caption in captions]
     words = [word for word, _ in Counter(word for name in names for word in name).most_common(NUM_WORDS)]
     targets = torch.tensor([[float(word in name) for word in words] for name in names])
-    shape = ConvNextConfig(patch_size=4, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], num_stages=3)
-    network, head = ConvNextModel(shape).train(), nn.Linear(128, len(words))
+    shape = RegNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 2, 1], groups_width=16, layer_type="x"
+    )
+    network, head = RegNetModel(shape).train(), nn.Linear(128, len(words))
 
     def pooled(part: Tensor) -> Tensor:
-        return network(part).pooler_output
+        return network(part).pooler_output.flatten(1)
 
     weights = [*network.parameters(), *head.parameters()]
     loss = functional.binary_cross_entropy_with_logits
@@ -214,7 +216,7 @@ def train_features(x: Tensor, captions: list[str]) -> Callable[[Tensor], NDArray
         found = torch.cat([head(pooled(part)) for part in x.split(64)])
     first = (found.argmax(dim=1)[:, None] == torch.arange(len(words))).float()
     print(
-        f"the ConvNeXt's surest word is one of the name's for {float((first * targets).sum() / len(x)):.0%}", flush=True
+        f"the RegNet's surest word is one of the name's for {float((first * targets).sum() / len(x)):.0%}", flush=True
     )
     return features
 

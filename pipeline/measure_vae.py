@@ -20,7 +20,7 @@ from pipeline import measuring, program
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.measuring import measure, show
+from pipeline.measuring import measure, open_eyes, show
 from vae.model import load
 
 
@@ -48,19 +48,14 @@ def measure_vae(config: Config, args: argparse.Namespace) -> None:
     engine = Engine(config.engine)
     with blame("vae.path"):
         vae = load(config.vae.path)
-    perceptual = None
-    if config.vae.train.perceptual is not None:
-        from vae.perceptual import open_perceptual
-
-        with blame("vae.train.perceptual.backbone"):
-            perceptual = open_perceptual(config.vae.train.perceptual.backbone).to(engine.device).distance
+    eyes = open_eyes(config, engine)
     folder = Path(config.vae.run_dir) / "measured"
     scores = measure(
         engine,
         vae,
         config,
         folder,
-        perceptual=perceptual,
+        perceptual=eyes.distance if eyes else None,
         bound_images=args.bound_images,
         bound_draws=args.bound_draws,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from vae.game import collapsed_posterior
 from vae.metrics import ssim_window
 from vae.model import weights_sha256
 from vae.moments import encode_moments, mixed_scale
+
+if TYPE_CHECKING:
+    from vae.perceptual import Perceptual
 
 BOUND_IMAGES, BOUND_DRAWS = 64, 64
 WIDE_PIXELS = 1200  # of all columns of a picture, about
@@ -107,6 +110,31 @@ def refuse_misfit(vae: AutoencoderKL, image_size: int, key: str = "vae.path") ->
         raise UsageError(f"data.image_size: {image_size} came, a multiple of the VAE's factor {factor} was wanted")
     if image_size < 3:
         raise UsageError(f"data.image_size: {image_size} came, images of at least 3 pixels a side were wanted")
+
+
+def open_eyes(config: Config, engine: Engine) -> Perceptual | None:
+    """The frozen network whose features `vae.train.perceptual` compares, on the engine's device; None where it is null.
+
+    Raises UsageError: it is not there, or sees no images of this size.
+    """
+    settings = config.vae.train
+    if settings.perceptual is None:
+        return None
+    from vae.perceptual import open_perceptual
+
+    with blame("vae.train.perceptual.backbone"):
+        eyes = open_perceptual(settings.perceptual.backbone).to(engine.device)
+        refuse_small(config, eyes.smallest_side)
+    return eyes
+
+
+def refuse_small(config: Config, smallest_side: int) -> None:
+    """Raise UsageError where the smallest image of the training has a side below this, in pixels."""
+    size, shrunk = config.data.image_size, config.vae.train.equivariance_share > 0
+    smallest = size // 4 if shrunk else size
+    if smallest < smallest_side:
+        how = f"{smallest} came, a quarter of data.image_size (equivariance_share)" if shrunk else f"{size} came"
+        raise UsageError(f"it wants images of at least {smallest_side} pixels, {how}; one with fewer strides sees them")
 
 
 # Latents ------------------------------------------------------------------------------------------

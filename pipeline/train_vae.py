@@ -32,7 +32,7 @@ from pipeline.data.pieces import ClassLabel, Piece, Pixels, PosteriorNoise, Tran
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.health import Health, thumbnails
-from pipeline.measuring import measure, refuse_misfit, show, stream_statistics
+from pipeline.measuring import measure, open_eyes, refuse_misfit, refuse_small, show, stream_statistics
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Adversary, Course, Training
@@ -77,6 +77,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     refuse_misfit(autoencoder, config.data.image_size, "vae.train.start_from" if settings.start_from else "vae.model")
     if config.engine.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
+
     # data
     side = config.data.image_size // 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
     pieces: list[Piece] = [
@@ -91,12 +92,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         samples = Samples.of(config.data.train_images, tuple(pieces), seed=config.seed, data=config.data)
 
     # losses, adversary
-    perceptual = None
-    if settings.perceptual is not None:
-        from vae.perceptual import open_perceptual
-
-        with blame("vae.train.perceptual.backbone"):
-            perceptual = open_perceptual(settings.perceptual.backbone).to(engine.device)
+    eyes = open_eyes(config, engine)
     discriminator = adversary = None
     if settings.adversary is not None:
         check_game(config, settings.adversary, engine)
@@ -110,7 +106,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         settings,
         autoencoder,
         discriminator=discriminator,
-        perceptual=perceptual.distance if perceptual else None,
+        perceptual=eyes.distance if eyes else None,
         autocast=engine.autocast,
         mean_over_ranks=engine.mean,
         device=engine.device,
@@ -123,7 +119,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     health = Health(
         run,
         looked_at[0] if looked_at else None,
-        perceptual.features if perceptual else thumbnails,
+        eyes.features if eyes else thumbnails,
         batch_images=config.evaluation.batch_images,
     )
 
@@ -171,14 +167,15 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     engine.main_does(lambda: save(with_weights(autoencoder, weights), trained))
     finished = load(trained)
     if normalisation != "none":
-        finished = normalised(engine, finished, config, normalisation)
+        with blame(f"vae.train.latent_normalisation={normalisation}"):
+            finished = normalised(engine, finished, config, normalisation)
         engine.main_does(lambda: save(finished, run / "autoencoder"))
     scores = measure(
         engine,
         finished,
         config,
         run / "measured",
-        perceptual=perceptual.distance if perceptual else None,
+        perceptual=eyes.distance if eyes else None,
         bound_images=config.evaluation.likelihood.num_images,
     )
     engine.main_does(lambda: write_status(run, "done", step=settings.steps))
@@ -194,15 +191,8 @@ def check_game(config: Config, rules: AdversaryConfig, engine: Engine) -> None:
             f"vae.train.adversary: engine.strategy={engine.strategy} came, ddp was wanted: two networks learn in "
             "turns, each through the other, which weights in parts don't allow; an autoencoder fits a GPU whole"
         )
-    smallest, key = config.data.image_size, "data.image_size"
-    if config.vae.train.equivariance_share:
-        smallest, key = smallest // 4, "vae.train.equivariance_share shrinks images to a quarter:"
-    wanted = rules.discriminator.smallest_side
-    if smallest < wanted:
-        raise UsageError(
-            f"vae.train.adversary.discriminator.num_downsamplings={rules.discriminator.num_downsamplings} wants images "
-            f"of at least {wanted} pixels, {key} {smallest} came; have fewer"
-        )
+    with blame(f"vae.train.adversary.discriminator.num_downsamplings={rules.discriminator.num_downsamplings}"):
+        refuse_small(config, rules.discriminator.smallest_side)
     if rules.class_conditional and not config.conditioning.has_class:
         raise UsageError("vae.train.adversary.class_conditional wants classes; conditioning.kind=text has none")
 

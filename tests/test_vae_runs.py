@@ -288,9 +288,9 @@ def test_normalised_latents_come_out_of_the_autoencoder_itself(made: World, tmp_
         (["engine.strategy=zero2"], "vae.train.adversary: engine.strategy=zero2 came, ddp was wanted"),
         (
             ["vae.train.adversary.discriminator.num_downsamplings=3"],
-            "num_downsamplings=3 wants images of at least 24 pixels, data.image_size 16 came",
+            "num_downsamplings=3: it wants images of at least 24 pixels, 16 came; one with fewer strides",
         ),
-        (["vae.train.equivariance_share=0.5"], "shrinks images to a quarter: 4 came"),
+        (["vae.train.equivariance_share=0.5"], "at least 6 pixels, 4 came, a quarter of data.image_size"),
         (["vae.train.adversary.class_conditional=true", "conditioning.kind=text"], "conditioning"),
         (["vae.train.trained=decoder"], "trained: decoder wants start_from"),
         (["vae.train.steps=0"], "steps: 0 wants start_from"),
