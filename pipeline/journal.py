@@ -125,7 +125,8 @@ class Journal:
             )
         if found["replaced"]:
             self._set_apart(taken.replaced)
-        self._look_for_a_spike(taken.step, found["loss"])
+        # Of an autoencoder its reconstruction: what its adversary adds may be below 0.
+        self._look_for_a_spike(taken.step, found.get("reconstruction", found["loss"]))
         self.bar.update(self.images)
         shown = {"step": taken.step, "loss": f"{found['loss']:.4f}"}
         shown |= {name.rpartition("/")[2]: f"{found[name]:.3g}" for name in self.shown if name in found}
