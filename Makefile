@@ -60,12 +60,13 @@ demo: env
 	  "  $(VERB) prepare folder YOUR_PICTURES data/yours --size 64    a folder per class" \
 	  "  README.md: your own images, several GPUs, a cluster"
 
-# One thread: the tests' tensors are small, and threads that wait for busy cores spin.
+# One thread: the tests' tensors are small, and threads that wait for busy cores spin.  A worker for each core, up to four,
+# for each imports torch anew and many tests start ranks of their own; those of the system want the machine for themselves.
 test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system" --numprocesses logical --maxprocesses 4 --dist worksteal
 
 system-test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system

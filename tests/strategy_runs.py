@@ -266,7 +266,7 @@ def run(leg: Leg, out: Path) -> dict[str, Any]:
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(300)
     codes = [process.exitcode for process in started]
     assert codes == [0] * leg.ranks, f"{codes}\n{Path(f'{out}.log').read_text()[-4000:]}"
     return torch.load(out)

@@ -122,6 +122,7 @@ def test_different_averages_have_different_names() -> None:
     assert Decay(0.9999999).name != Decay(0.99999999).name
 
 
+@settings(deadline=None)
 @given(SIGMA_RELS)
 def test_a_power_profile_is_known_by_its_name(sigma_rel: float) -> None:
     assert power_of(Power(sigma_rel).name) == Power(sigma_rel)
@@ -135,6 +136,7 @@ def test_other_names_are_no_power_profiles(name: str) -> None:
 # the length of a profile --------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(SIGMA_RELS)
 def test_sigma_rel_and_gamma_are_inverse(sigma_rel: float) -> None:
     assert gamma_of(sigma_rel) >= 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import files
@@ -150,6 +150,7 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
 # hashes -------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # its table of letters is made once
 @given(st.dictionaries(st.text(), JSON_VALUES, max_size=6), st.randoms(use_true_random=False))
 def test_a_fingerprint_does_not_depend_on_the_order_of_keys(value: dict[str, Any], chance: random.Random) -> None:
     keys = list(value)

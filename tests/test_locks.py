@@ -53,7 +53,7 @@ def test_one_process_has_it_until_it_is_killed(tmp_path: Path) -> None:
 
 
 def test_it_waits(tmp_path: Path) -> None:
-    other, _ = hold(tmp_path / "lock", 0, 0.5)
+    other, _ = hold(tmp_path / "lock", 0, 1.0)
     began = time.monotonic()
     with Locks(tmp_path / "lock").alone(0, wait=True) as mine:
         assert mine and time.monotonic() - began > 0.2

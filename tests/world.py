@@ -7,10 +7,12 @@ does it; tests/system also start the real launchers.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
 import os
+import random
 import socket
 import sys
 from dataclasses import dataclass
@@ -102,10 +104,16 @@ class World:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on; nor will somebody before it is used.
+
+    It lies below those that Linux hands out by itself, and each of pytest's workers has its own share of them.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
+    while True:
+        port = random.SystemRandom().randrange(10_000 + worker, 32_000, 16)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_rank(rank: int, verb: str, words: list[str], ranks: int, port: int, log: str) -> None:
@@ -120,6 +128,8 @@ def run_rank(rank: int, verb: str, words: list[str], ranks: int, port: int, log:
     if ranks > 1:
         said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in said.items()}, MASTER_ADDR="127.0.0.1")
+    # A launcher's child starts its loaders as Python does by itself; a forkserver's would each import torch anew.
+    multiprocessing.set_start_method(None, force=True)
     import torch
 
     torch.set_num_threads(1)

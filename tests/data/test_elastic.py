@@ -191,12 +191,12 @@ def read_really(segment: Segment, folders: Sequence[Path], weights: tuple[float,
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(("num_sets", "weights"), [(1, (1.0,)), (2, (0.75, 0.25))])
+@pytest.mark.parametrize(("num_sets", "weights", "resumes"), [(1, (1.0,), RESUMES // 4), (2, (0.75, 0.25), RESUMES)])
 def test_real_tars_give_the_same_global_batches(
-    real_sets: list[Path], num_sets: int, weights: tuple[float, ...]
+    real_sets: list[Path], num_sets: int, weights: tuple[float, ...], resumes: int
 ) -> None:
     folders = real_sets[:num_sets]
-    made = list(segments(3, most_batches=2))
+    made = list(segments(3, resumes, most_batches=2))
     undisturbed = read_really(Segment(1, 0, 0, made[-1].stop), folders, weights)
     assert len(undisturbed["u"]) == made[-1].stop
     for segment in made:

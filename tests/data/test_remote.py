@@ -178,7 +178,7 @@ def test_a_server_that_always_fails_ends_the_run_in_bounded_time(
         shards, begin = ShardSet(server.url, open_shards=1, remote=config), time.monotonic()
         with pytest.raises(RunError) as told:
             shards.read(2, 0)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 20  # 3 × 0.4 s and pauses, on a machine that has nothing else to do
     said = str(told.value)
     assert said.startswith(f"{server.url}/002.tar: ") and reason in said and "\n" not in said
     assert "3 requests (data.remote.attempts)" in said

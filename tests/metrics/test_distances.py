@@ -151,7 +151,6 @@ os._exit(0)
 """
 
 
-@pytest.mark.timeout(120)
 def test_one_rank_of_several_can_score_alone(tmp_path):
     command = [sys.executable, "-c", ONE_RANK_SCORES]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -162,7 +161,7 @@ def test_one_rank_of_several_can_score_alone(tmp_path):
         for rank in range(2)
     ]
     try:
-        output, _ = ranks[0].communicate(timeout=60)
+        output, _ = ranks[0].communicate(timeout=300)
     finally:
         for process in ranks:
             process.kill()
