@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import measuring, program
+from pipeline.autoencoder import open_eyes
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.measuring import measure, open_eyes, show
+from pipeline.measuring import measure, show
 from vae.model import load
 
 

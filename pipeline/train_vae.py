@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline import files, program
+from pipeline.autoencoder import normalised, open_eyes, refuse_misfit, refuse_small
 from pipeline.config import Config
 from pipeline.data.dataset import Samples, read_images
 from pipeline.data.draws import Purpose, integer_seed
@@ -32,16 +33,13 @@ from pipeline.data.pieces import ClassLabel, Piece, Pixels, PosteriorNoise, Tran
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.health import Health, thumbnails
-from pipeline.measuring import measure, open_eyes, refuse_misfit, refuse_small, show, stream_statistics
+from pipeline.measuring import measure, show
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.run_folder import claim, write_status
 from pipeline.training import Adversary, Course, Training
-from vae.channels import mixed_channels
 from vae.config import AdversaryConfig
 from vae.discriminator import PatchDiscriminator, build_discriminator
-from vae.folding import fold_normalisation
 from vae.model import build, freeze_encoder, load, open_trainable, weights_sha256
-from vae.moments import mixed_scale
 from vae.objective import Objective
 from vae.steps import AutoencoderStep
 
@@ -225,18 +223,6 @@ def with_weights(like: AutoencoderKL, weights: dict[str, Tensor]) -> Autoencoder
     made = cast(AutoencoderKL, AutoencoderKL.from_config(like.config))
     made.load_state_dict(weights)
     return made
-
-
-def normalised(engine: Engine, vae: AutoencoderKL, config: Config, kind: Literal["scalar", "channel"]) -> AutoencoderKL:
-    """The autoencoder whose latents have mean 0 and standard deviation 1 over the training set."""
-    Module.to(vae, engine.device)
-    statistics, weights = stream_statistics(engine, vae, config), config.data.weights or (1.0,)
-    channels = mixed_channels(statistics, weights)
-    mean, std = channels.mean, channels.std
-    if kind == "scalar":
-        scale = mixed_scale([each.moments for each in statistics], weights).scale
-        return fold_normalisation(vae, sum(mean) / len(mean), 1 / scale)
-    return fold_normalisation(vae, mean, std)
 
 
 def save(autoencoder: AutoencoderKL, folder: Path) -> None:

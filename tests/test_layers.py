@@ -54,7 +54,7 @@ LAYERS = {
         pipeline.asking pipeline.image_files pipeline.drawing
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
-        pipeline.reconstruction pipeline.measuring
+        pipeline.autoencoder pipeline.reconstruction pipeline.measuring
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train

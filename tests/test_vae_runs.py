@@ -120,7 +120,8 @@ def test_ranks_and_micro_batches_change_nothing_but_rounding(
         assert abs(alone.get("loss", 0) - shared.get("loss", 0)) < 1e-5
 
 
-def test_all_losses_together_run_in_bf16(made: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "bf16_weights", "fp16"])
+def test_all_losses_together_run_in_half_precision(made: World, tmp_path: Path, precision: str) -> None:
     settings = GAME | {
         "steps": 8,
         "reconstruction": "gaussian",
@@ -129,16 +130,14 @@ def test_all_losses_together_run_in_bf16(made: World, tmp_path: Path) -> None:
         "equivariance_share": 0.5,
     }
     settings["adversary"] = GAME["adversary"] | {"class_conditional": True, "game": "minimax", "start_step": 0}
-    log = tmp_path / "log.txt"
-    for precision in ("bf16", "bf16_weights"):
-        run = tmp_path / precision
-        words = words_of(settings, run, f"engine.precision={precision}", "data.image_size=32")
-        assert made.do("train_vae", *words, log=log) == [0], log.read_text()
-        errors = [row["reconstruction"] for row in rows(run) if "loss" in row]
-        assert len(errors) == 8 and min(errors[4:]) < 0.9 * errors[0]
-        name = "autoencoder/diffusion_pytorch_model.safetensors"
-        finished, saved = load_file(run / name), load_file(run / "checkpoints" / "step-000000008" / name)
-        assert all(torch.equal(weight, saved[name]) for name, weight in finished.items()), "fp32, as AdamW has it"
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    more = [f"engine.precision={precision}", "engine.gradient_checkpointing=true", "data.image_size=32"]
+    assert made.do("train_vae", *words_of(settings, run, *more), log=log) == [0], log.read_text()
+    errors = [row["reconstruction"] for row in rows(run) if "loss" in row]
+    assert len(errors) == 8 and min(errors[4:]) < 0.9 * errors[0]
+    name = "autoencoder/diffusion_pytorch_model.safetensors"
+    finished, saved = load_file(run / name), load_file(run / "checkpoints" / "step-000000008" / name)
+    assert all(torch.equal(weight, saved[name]) for name, weight in finished.items()), "fp32, as AdamW has it"
 
 
 def test_fp16_honours_force_upcast(made: World, tmp_path: Path) -> None:
