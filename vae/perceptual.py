@@ -100,7 +100,7 @@ def open_perceptual(backbone: str) -> Perceptual:
     hidden states are maps [B,C,h,w] (ResNet, ConvNeXt, RegNet) or tokens [B,N,D] (ViT, DINOv2; those that stand for no
     patch are left out).  A name whose first part is a folder here is taken for a path.
 
-    ImportError: the extra lpips is missing or doesn't open.  OSError: FileNotFoundError where no model is there, others
+    ImportError: the extra lpips is missing.  OSError: FileNotFoundError where no model is there, others
     where its files are broken.  ValueError: a model of another kind, weights that don't fit its config.json, or one
     that draws at random.
     """
@@ -134,7 +134,7 @@ def _open_lpips(**arguments: Any) -> Perceptual:
     """The package's own network; arguments: of its `LPIPS`."""
     try:
         from lpips import LPIPS  # pyright: ignore[reportMissingImports]
-    except (ImportError, RuntimeError) as error:  # the latter: a torchvision that was built for another torch
+    except ImportError as error:
         raise ImportError(
             f"backbone: lpips came, and its package can't be imported ({_first(error)}); "
             "pip install latent-diffusion-pipeline[lpips], or name a transformers model"
