@@ -173,7 +173,7 @@ def open_vae(config: Config, found: Checkpoint) -> AutoencoderKL:
     """The autoencoder that decodes.  Raises UsageError where its encoder is not that of the checkpoint's latents."""
     with blame("vae.path"):
         vae = load(config.vae.path)
-    digest, said = encoder_sha256(vae), found.state["latents"]["origin"].get("encoder_sha256", "unknown")
+    digest, said = encoder_sha256(vae), found.state["latents"]["origin"]["encoder_sha256"]
     if said != digest:
         raise UsageError(
             f"vae.path: an autoencoder with the encoder {digest[:12]} came; {found.path} was trained on latents of the "

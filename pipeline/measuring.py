@@ -32,6 +32,7 @@ from vae.game import collapsed_posterior
 from vae.metrics import ssim_window
 from vae.model import weights_sha256
 from vae.moments import mixed_scale
+from vae.tiles import in_tiles
 
 BOUND_IMAGES, BOUND_DRAWS = 64, 64
 WIDE_PIXELS = 1200  # of all columns of a picture, about
@@ -58,6 +59,8 @@ def measure(
     Raises UsageError: a network that doesn't fit the images, images that can't be read, values that aren't finite.
     """
     refuse_misfit(vae, config.data.image_size)
+    with blame("vae.tile_pixels"):
+        in_tiles(vae, config.vae.tile_pixels)
     held_out = config.data.validation_images
     if held_out is not None:
         with blame("data.validation_images"):

@@ -29,7 +29,7 @@ TEXT_PART = "text.npy"  # fp16 [L,D], the caption's embedding
 POOLED_PART = "text_pooled.npy"  # fp16 [P], what the second of two text encoders pools of it
 SIZE_PART = "size.json"  # {"height", "width"} of the image as it was found, pixels
 DESCRIPTION = "dataset.json"
-FORMAT = 2
+FORMAT = 1
 HEADER_BYTES = struct.Struct("<H")  # of an .npy 1.0, at its ninth byte: the length of the rest of its header
 INFINITY, MINUS_INFINITY = 0x7C00, 0xFC00  # as bits of fp16
 
