@@ -50,6 +50,7 @@ demo: env
 	  "  $(RUN)/evaluation/nearest-*.png  drawn images beside the nearest ones it was trained on" \
 	  "  $(RUN)/evaluation/bound.png      what held-out images cost, timestep by timestep" \
 	  "  $(RUN)/scores.json               the scores above" \
+	  "  runs/digits_vae/measured/        what the autoencoder gives back: reconstructions.png, interpolations.png, scores" \
 	  "  $(RUN)/export/                   the model; diffusers opens it" \
 	  "  $(RUN)/checkpoints/              what train goes on from;  $(RUN)/metrics.jsonl: every loss" \
 	  "What to try next:" \
