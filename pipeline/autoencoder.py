@@ -18,7 +18,7 @@ from pipeline.errors import SampleError, UsageError, blame
 from pipeline.real_images import stream_images, tell_bad
 from vae.channels import ChannelStatistics, mixed_channels
 from vae.folding import fold_normalisation
-from vae.moments import encode_moments, mixed_scale
+from vae.moments import downsampling_factor, encode_moments, mixed_scale
 
 if TYPE_CHECKING:
     from vae.perceptual import Perceptual
@@ -31,7 +31,7 @@ def refuse_misfit(vae: AutoencoderKL, image_size: int, key: str = "vae.path") ->
             raise UsageError(
                 f"{key}: an autoencoder with {name}: {vae.config[name]} came, 3 was wanted: images are read as RGB"
             )
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = downsampling_factor(vae)
     if image_size % factor:
         raise UsageError(f"data.image_size: {image_size} came, a multiple of the VAE's factor {factor} was wanted")
     if image_size < 3:

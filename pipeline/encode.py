@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL
 from torch.nn import Module
 
 from pipeline import program
+from pipeline.autoencoder import refuse_misfit
 from pipeline.config import Config
 from pipeline.data import latents
 from pipeline.data.index import ShardSet
@@ -94,11 +95,7 @@ def encode(config: Config, args: argparse.Namespace) -> None:
     engine = Engine(config.engine)
     with blame("vae.path"):
         vae = load(config.vae.path)
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    if config.data.image_size % factor:
-        raise UsageError(
-            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
-        )
+    refuse_misfit(vae, config.data.image_size)
     with blame("vae.tile_pixels"):
         in_tiles(vae, config.vae.tile_pixels)
     text = None

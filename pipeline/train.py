@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline import files, program, sampler
+from pipeline.autoencoder import refuse_misfit
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.conditioning import Conditioning, Joint
 from pipeline.config import Config, UnetConfig
@@ -52,7 +53,7 @@ from pipeline.text import TextEncoders, Tokenizers, learn_tokenizer, open_text
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
 from vae.model import encoder_sha256, load
-from vae.moments import LatentScale, encode_moments, published_scale, sample_posterior
+from vae.moments import LatentScale, downsampling_factor, encode_moments, published_scale, sample_posterior
 from vae.preview import load_preview
 from vae.tiles import in_tiles, tile_of
 
@@ -78,10 +79,11 @@ def train(config: Config, args: argparse.Namespace) -> None:
     # frozen VAE, text encoders
     with blame("vae.path"):
         vae = load(config.vae.path)
+    refuse_misfit(vae, config.data.image_size)
     with blame("vae.tile_pixels"):
         in_tiles(vae, config.vae.tile_pixels)
     Module.to(vae, engine.device)
-    side = config.data.image_size // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    side = config.data.image_size // downsampling_factor(vae)
     latent_shape = (int(vae.config["latent_channels"]), side, side)
 
     condition = config.conditioning

@@ -1,6 +1,8 @@
 """Train the autoencoder on images: pixels → posterior moments → a sample of them → pixels.
 
-The result, in vae.run_dir/autoencoder, is a diffusers AutoencoderKL.  To resume, run the same command again.
+It begins with random weights or with an autoencoder that is there, all of it or its decoder alone, and may play against
+a discriminator.  The result, in vae.run_dir/autoencoder, is a diffusers AutoencoderKL; measured/ beside it tells how
+good it is.  To resume, run the same command again.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from pipeline.training import Adversary, Course, Training
 from vae.config import AdversaryConfig
 from vae.discriminator import PatchDiscriminator, build_discriminator
 from vae.model import build, freeze_encoder, load, open_trainable, weights_sha256
+from vae.moments import downsampling_factor
 from vae.objective import Objective
 from vae.steps import AutoencoderStep
 
@@ -77,7 +80,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         autoencoder.enable_gradient_checkpointing()
 
     # data
-    side = config.data.image_size // 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+    side = config.data.image_size // downsampling_factor(autoencoder)
     pieces: list[Piece] = [
         Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip),
         PosteriorNoise(config.seed, (int(autoencoder.config["latent_channels"]), side, side)),

@@ -40,11 +40,6 @@ class VaeModelConfig(Section):
             )
         return self
 
-    @property
-    def downsampling_factor(self) -> int:
-        """f = H/h: image pixels per latent position along one side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
 
 class PerceptualConfig(Section):
     """The distance of two images in the features of a frozen network (Zhang et al. 2018, LPIPS)."""

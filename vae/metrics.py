@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from vae.moments import encode_moments
+from vae.moments import downsampling_factor, encode_moments
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def tiling_seams(vae: AutoencoderKL, x: Tensor, *, tile_pixels: int, overlap: fl
     """
     if not 0 <= overlap < 0.5:
         raise ValueError(f"overlap={overlap} came, 0 or more and below 0.5 is wanted")
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = downsampling_factor(vae)
     if not factor < tile_pixels < max(x.shape[-2:]) or any(side % factor for side in x.shape[-2:]):
         came = f"tiles of {tile_pixels} pixels in images {list(x.shape)}"
         raise ValueError(f"{came} came, larger ones than {factor} in larger images, multiples of it, are wanted")

@@ -45,6 +45,11 @@ def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
     return mean + (0.5 * logvar).exp() * noise
 
 
+def downsampling_factor(vae: AutoencoderKL) -> int:
+    """f = H/h: image pixels per latent position along one side."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
 @dataclass(frozen=True)
 class LatentScale:
     """The affine map between the autoencoder's z and the diffusion model's z_0."""

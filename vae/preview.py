@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from vae.moments import LatentScale, published_scale
+from vae.moments import LatentScale, downsampling_factor, published_scale
 from vae.pretrained import open_pretrained
 
 
@@ -30,7 +30,7 @@ def load_preview(
         int(tiny.config["latent_channels"]),
         int(tiny.config["upsampling_scaling_factor"]) ** (len(tiny.config["decoder_block_out_channels"]) - 1),
     )
-    wanted = (int(vae.config["latent_channels"]), 2 ** (len(vae.config["block_out_channels"]) - 1))
+    wanted = (int(vae.config["latent_channels"]), downsampling_factor(vae))
     if came != wanted:
         raise ValueError(
             f"{str(path)!r} decodes latents of {came[0]} channels by a factor of {came[1]}, {wanted[0]} channels and a "

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from diffusers import AutoencoderKL
 
+from vae.moments import downsampling_factor
+
 SHARED = 4  # neighbours share one part in so many
 
 
@@ -20,7 +22,7 @@ def in_tiles(vae: AutoencoderKL, tile_pixels: int | None) -> None:
     if tile_pixels is None:
         vae.disable_tiling()
         return
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = downsampling_factor(vae)
     unit = SHARED * factor
     if tile_pixels % unit or tile_pixels < unit:
         below = tile_pixels // unit * unit

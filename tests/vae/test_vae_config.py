@@ -16,11 +16,6 @@ def test_defaults_are_whole_and_the_path_follows_the_run_dir() -> None:
     assert VaeConfig(run_dir="elsewhere", path="org/name").path == "org/name"
 
 
-@pytest.mark.parametrize(("widths", "factor"), [((8,), 1), ((8, 16), 2), ((8, 16, 32, 32), 8)])
-def test_downsampling_factor(widths: tuple[int, ...], factor: int) -> None:
-    assert VaeModelConfig(block_out_channels=widths).downsampling_factor == factor
-
-
 @pytest.mark.parametrize("section", [VaeConfig, VaeModelConfig, VaeTrainConfig, DiscriminatorConfig])
 def test_unknown_keys_are_refused(section: type[BaseModel]) -> None:
     with pytest.raises(ValidationError, match="kl_wieght"):

@@ -18,7 +18,7 @@ from torch import Tensor
 from vae.config import VaeModelConfig
 from vae.metrics import reconstruct
 from vae.model import build, encoder_sha256, freeze_encoder, load, open_trainable, weights_sha256
-from vae.moments import encode_moments
+from vae.moments import downsampling_factor, encode_moments
 
 TINY = VaeModelConfig(block_out_channels=(4, 8), norm_num_groups=4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -31,13 +31,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "autoencoder"
 
 
+@pytest.mark.parametrize("factor", [1, 2, 4, 8, 16])
+def test_built_for_any_factor(factor: int) -> None:
+    widths = (4,) * factor.bit_length()  # one level more halves the sides once more
+    vae = build(VaeModelConfig(block_out_channels=widths, norm_num_groups=2, latent_channels=6))
+    x = torch.zeros(1, 3, 32, 32)
+    assert downsampling_factor(vae) == factor
+    assert encode_moments(vae, x).shape == (1, 12, 32 // factor, 32 // factor)
+    assert reconstruct(vae, x).shape == x.shape
+
+
 def test_built_as_configured() -> None:
     config = VaeModelConfig(
         in_channels=1, latent_channels=3, block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=2
     )
     vae = build(config)
     x = torch.zeros(2, 1, 16, 16)
-    assert encode_moments(vae, x).shape == (2, 2 * 3, 16 // config.downsampling_factor, 4)
+    assert encode_moments(vae, x).shape == (2, 2 * 3, 16 // downsampling_factor(vae), 4)
     assert reconstruct(vae, x).shape == x.shape
     assert vae.config["layers_per_block"] == 2
     assert vae.training and vae.dtype == torch.float32
