@@ -38,6 +38,13 @@ def refuse_misfit(vae: AutoencoderKL, image_size: int, key: str = "vae.path") ->
         raise UsageError(f"data.image_size: {image_size} came, images of at least 3 pixels a side were wanted")
 
 
+def refuse_missing(config: Config) -> None:
+    """Raise UsageError where held-out images are named and not there: now, not after a training."""
+    if config.data.validation_images is not None:
+        with blame("data.validation_images"):
+            ShardSet(config.data.validation_images, open_shards=1, remote=config.data.remote)
+
+
 def open_eyes(config: Config, engine: Engine) -> Perceptual | None:
     """The frozen network whose features `vae.train.perceptual` compares, on the engine's device; None where it is null.
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline import files, program
-from pipeline.autoencoder import refuse_misfit, stream_statistics
+from pipeline.autoencoder import refuse_misfit, refuse_missing, stream_statistics
 from pipeline.config import Config
 from pipeline.data.dataset import spaced
-from pipeline.data.index import ShardSet
 from pipeline.diffusion.likelihood import average
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
@@ -61,10 +60,8 @@ def measure(
     refuse_misfit(vae, config.data.image_size)
     with blame("vae.tile_pixels"):
         in_tiles(vae, config.vae.tile_pixels)
+    refuse_missing(config)
     held_out = config.data.validation_images
-    if held_out is not None:
-        with blame("data.validation_images"):
-            ShardSet(held_out, open_shards=1, remote=config.data.remote)  # now, not after a pass over a large set
     Module.to(vae, engine.device)
     statistics = stream_statistics(engine, vae, config)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline import files, program
-from pipeline.autoencoder import normalised, open_eyes, refuse_misfit, refuse_small
+from pipeline.autoencoder import normalised, open_eyes, refuse_misfit, refuse_missing, refuse_small
 from pipeline.config import Config
 from pipeline.data.dataset import Samples, read_images
 from pipeline.data.draws import Purpose, integer_seed
@@ -80,6 +80,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         autoencoder.enable_gradient_checkpointing()
 
     # data
+    refuse_missing(config)
     side = config.data.image_size // downsampling_factor(autoencoder)
     pieces: list[Piece] = [
         Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip),

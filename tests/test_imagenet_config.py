@@ -97,7 +97,9 @@ def test_it_runs_on_a_small_set_of_this_shape(imagenet: tuple[Path, Counter[str]
     small = (  # the recipe but for the machine and the models' sizes
         f"run_dir={world.run_dir}",
         f"data.train_images={folder}",
+        f"data.validation_images={folder}",
         f"data.train_latents={latents}",
+        "data.validation_latents=null",
         "data.lanes=8",
         "data.workers=0",
         f"vae.run_dir={vae}",

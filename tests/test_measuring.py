@@ -330,7 +330,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         (("vae.path=/nowhere/at/all",), "error: vae.path: '/nowhere/at/all' came, and there is no such folder"),
         (("--bound-draws", "0"), "error: --bound-draws: 0 came, at least 1 was wanted"),
-        (("--bound-images", "-3"), "error: --bound-images: -3 came, at least 1 was wanted"),
+        (("--bound-images", "-3"), "error: --bound-images: -3 came, at least 0 was wanted"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(world: World, words: tuple[str, ...], told: str) -> None:
