@@ -30,7 +30,13 @@ KINDS = {  # name → autoencoder it comes from, normalisation
     "scalar": ("plain", "scalar"),
 }
 SHARES = {"plain": 0.0, "equivariant": 0.5}
-MEASURES = ("frechet_distance", "kernel_distance", "class_accuracy", "recall", "coverage")
+MEASURES = {  # score of evaluate → its unit
+    "frechet_distance": "of 64 features",
+    "kernel_distance": "of 64 features",
+    "class_accuracy": "share",
+    "recall": "share",
+    "coverage": "share",
+}
 
 
 def main() -> None:
@@ -50,10 +56,12 @@ def main() -> None:
                 scores.append(score(folder, kind, seed, args.steps))
                 print(f"{kind}, seed {seed}: {scores[-1]}", file=sys.stderr, flush=True)
     for kind, scores in found.items():
-        for measure in ("psnr_db", *MEASURES):
+        for measure, unit in {"psnr_db": "dB", **MEASURES}.items():
             values = [of_seed[measure] for of_seed in scores]
             spread = f", {args.seeds} seeds: {' '.join(f'{value:.4g}' for value in values)}"
-            figure(f"digits, {kind} latents, {args.steps} steps: {measure}{spread}", statistics.mean(values), None, "")
+            figure(
+                f"digits, {kind} latents, {args.steps} steps: {measure}{spread}", statistics.mean(values), None, unit
+            )
 
 
 def score(folder: Path, kind: str, seed: int, steps: int) -> dict[str, float]:
