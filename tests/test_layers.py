@@ -41,6 +41,8 @@ LAYERS = {
         pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.pretrained pipeline.unet
         pipeline.denoiser
         pipeline.ema pipeline.optim
+        pipeline.planning pipeline.planning.work pipeline.planning.memory pipeline.planning.traffic
+        pipeline.planning.gpus
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
         pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.plots
         pipeline.metrics.scores
