@@ -10,6 +10,7 @@ from collections.abc import Sequence
 VERBS = {
     "prepare": "pictures → image shards",
     "index": "check and index a folder of shards",
+    "check": "what a run will take, and what would fail",
     "train-vae": "train the autoencoder",
     "measure-vae": "measure an autoencoder: latents, reconstructions, bound, pictures",
     "encode": "image shards → latent shards",

@@ -56,12 +56,12 @@ LAYERS = {
         pipeline.asking pipeline.image_files pipeline.drawing
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
-        pipeline.autoencoder pipeline.reconstruction pipeline.measuring
+        pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
         pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.schema
-        pipeline.__main__
+        pipeline.check pipeline.__main__
     """,
 }
 # These may import only what begins with one of the names given: they can be read, tested and copied alone.

@@ -42,7 +42,7 @@ class Gpu:
 
 # Of Stable Diffusion 2 at 512 pixels from precomputed latents, 2,409 GFLOP an image: 36 images/s, 131, 149.5.
 _MOSAIC = "MosaicML diffusion, SD 2 at 512 px, 36 images/s per A100"
-_MLPERF_H100 = "MLPerf Training, SD 2 at 512 px, 126 to 136 images/s per H100"
+_MLPERF_H100 = "published trainings of SD 2 at 512 px, 126 to 136 images/s per H100"
 _MLPERF_H200 = "MLPerf Training v5.0, SD 2 at 512 px, 149.5 images/s per H200"
 _A100, _H100 = "NVIDIA A100 Tensor Core GPU datasheet", "NVIDIA H100 Tensor Core GPU datasheet"
 

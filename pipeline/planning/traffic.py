@@ -35,6 +35,7 @@ class Scaled:
 
     num_nodes: int
     num_ranks: int
+    sent_bytes: float  # by each rank in a step
     step_s: float
     efficiency: float  # share of the step in which GPUs compute, where traffic hides behind the computation
     efficiency_unhidden: float  # and where none does
@@ -102,9 +103,9 @@ def scale(
         early = max(0.0, sent.in_every_pass / link - (compute_s - min(last_backward_s, sent.in_last_backward / link)))
         step_s = compute_s + late + early + sent.exposed / link
         unhidden = compute_s + sent.total / link
-        found.append(
-            Scaled(num_nodes, num_ranks, step_s, compute_s / step_s, compute_s / unhidden, global_batch / step_s)
-        )
+        rate = global_batch / step_s
+        efficiencies = compute_s / step_s, compute_s / unhidden
+        found.append(Scaled(num_nodes, num_ranks, sent.total, step_s, *efficiencies, rate))
     return found
 
 

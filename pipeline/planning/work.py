@@ -97,6 +97,14 @@ def num_parameters(build: Callable[[], Module]) -> int:
         return sum(weight.numel() for weight in build().parameters())
 
 
+def largest_block(shape: Shape) -> int:
+    """Parameters of the largest level of the U-Net, which FSDP2 gathers at once."""
+    with torch.device("meta"):
+        unet = shape.build()
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    return max(sum(weight.numel() for weight in block.parameters()) for block in blocks)
+
+
 def count_operations(shape: Shape, *, checkpointing: bool) -> Operations:
     """Of one image: torch's counter over a forward and a backward pass on the meta device."""
     with torch.device("meta"):

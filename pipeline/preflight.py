@@ -1,0 +1,229 @@
+"""What a config names, and what of it would fail, found before a run begins and without a network.
+
+Networks are looked at by their shape; a hub id is named, not asked; what lies at a URL is left to the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers import AutoencoderKL, ModelMixin
+from torch.nn import Module
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from pipeline.config import Config, TextModelConfig
+from pipeline.data.index import ShardSet
+from pipeline.data.order import check_ranks
+from pipeline.data.store import is_url
+from pipeline.errors import UsageError, blame
+from pipeline.planning.work import Shape, largest_block, num_parameters
+from pipeline.pretrained import resolved
+from vae.model import build as build_autoencoder
+from vae.pretrained import HUB_ID
+from vae.single_file import is_single_file
+
+CLIP_TOKENS = 77  # of every CLIP text encoder that Stable Diffusion has
+USUAL_CHANNELS, USUAL_FACTOR = 4, 8  # of Stable Diffusion's autoencoders
+OVERHEAD_BYTES = 1536  # of a sample beside its moments: two tar headers and a padded label, or a short caption
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a config's names stand for, as far as can be seen from here."""
+
+    shape: Shape
+    num_unet: int  # parameters
+    num_largest_block: int  # of one level of the U-Net
+    num_autoencoder: int | None  # None: not looked at
+    num_text: int | None  # None: not looked at; 0: there is none
+    num_samples: int | None
+    shard_bytes: int | None
+    notes: tuple[str, ...]  # what was not looked at, or assumed
+    failures: tuple[str, ...]
+
+
+def look(config: Config, num_ranks: int) -> Found:
+    """Everything that the config names.  Raises UsageError where the U-Net's own shape can't be had."""
+    notes: list[str] = []
+    failures: list[str] = []
+    channels, factor, num_autoencoder = _autoencoder(config, notes, failures)
+    if config.data.image_size % factor:
+        failures.append(
+            f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
+        )
+    num_tokens, width, pooled, num_text = _text(config, notes, failures)
+    unet = config.unet
+    if unet.start_from is not None and _on_hub(unet.start_from):
+        notes.append(f"unet.start_from: {unet.start_from} lies on the hub, not looked at; counted by the keys here")
+    else:
+        with blame("unet.start_from"):
+            unet = resolved(unet)
+    if width is not None and width != unet.cross_attention_dim:
+        failures.append(f"unet.cross_attention_dim: {unet.cross_attention_dim} came, the captions' {width} was wanted")
+    side = max(1, config.data.image_size // factor)
+    shape = Shape(
+        unet,
+        config.conditioning,
+        (channels, side, side),
+        num_tokens,
+        learned_variance=config.diffusion.variance_type == "learned_range",
+        pooled_width=pooled,
+    )
+    try:
+        num_unet, num_block = num_parameters(shape.build), largest_block(shape)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"unet: {str(error).partition(chr(10))[0]}") from error
+    with_shards = _shards(config, notes, failures)
+    failures += of_batch(config, num_ranks)
+    if config.data.train_latents is None:
+        notes.append("data.train_latents: null; the autoencoder runs in each step, its operations are not counted")
+    if config.conditioning.text is not None and config.conditioning.text.embeddings == "online":
+        notes.append("conditioning.text: online; the text encoders run in each step, their operations are not counted")
+    return Found(shape, num_unet, num_block, num_autoencoder, num_text, *with_shards, tuple(notes), tuple(failures))
+
+
+def of_batch(config: Config, num_ranks: int) -> list[str]:
+    """What is wrong with the number of ranks, the batch and its parts."""
+    batch, micro = config.train.global_batch_images, config.train.micro_batch_images
+    asked, found = config.engine.num_processes, list[str]()
+    if asked not in (None, num_ranks):
+        found.append(f"engine.num_processes: {asked} came, the check is for {num_ranks} ranks; say the same")
+    try:
+        check_ranks(num_ranks, lanes=config.data.lanes, global_batch=batch)
+    except UsageError as error:
+        return [*found, str(error)]
+    if isinstance(micro, int) and (batch // num_ranks) % micro:
+        found.append(
+            f"train.micro_batch_images: {micro} came, but it must divide a rank's share of the batch, "
+            f"{batch} / {num_ranks} = {batch // num_ranks}"
+        )
+    return found
+
+
+def sample_bytes(shape: Shape) -> int:
+    """Of a sample of latents as encode writes it: fp16 mean and log-variance, and what lies around them in the tar."""
+    channels, height, width = shape.latent
+    return 2 * 2 * channels * height * width + OVERHEAD_BYTES
+
+
+def _shards(config: Config, notes: list[str], failures: list[str]) -> tuple[int | None, int | None]:
+    """Samples and bytes of the sets that train reads; None where one can't be seen."""
+    data = config.data
+    key = "train_images" if data.train_latents is None else "train_latents"
+    counts: list[tuple[int, int] | None] = [
+        _shard_set(f"data.{key}", folder, notes, failures) for folder in data.train_latents or data.train_images
+    ]
+    for name in ("validation_images", "validation_latents"):
+        folder = getattr(data, name)
+        if folder is not None:
+            _shard_set(f"data.{name}", folder, notes, failures)
+    if None in counts:
+        return None, None
+    known = cast(list[tuple[int, int]], counts)
+    return sum(samples for samples, _ in known), sum(size for _, size in known)
+
+
+def _shard_set(key: str, folder: str, notes: list[str], failures: list[str]) -> tuple[int, int] | None:
+    if is_url(folder):
+        notes.append(f"{key}: {folder} lies at a URL, not looked at")
+        return None
+    try:
+        with blame(key):
+            shards = ShardSet(folder, open_shards=1)
+    except UsageError as error:
+        failures.append(str(error))
+        return None
+    if not len(shards):
+        failures.append(f"{key}: {folder} holds no sample")
+        return None
+    return len(shards), sum(Path(shards.path(shard)).stat().st_size for shard in range(len(shards.names)))
+
+
+def _autoencoder(config: Config, notes: list[str], failures: list[str]) -> tuple[int, int, int | None]:
+    """Latent channels, factor, parameters."""
+    path = config.vae.path
+    place = Path(path).expanduser()
+    if said := _config_json(place, "vae"):
+        levels = len(said["block_out_channels"])
+        return int(said["latent_channels"]), 2 ** (levels - 1), num_parameters(_of_config(AutoencoderKL, said))
+    if _on_hub(path):
+        notes.append(
+            f"vae.path: {path} lies on the hub, not looked at; {USUAL_CHANNELS} channels and f={USUAL_FACTOR} are "
+            "assumed, its memory is left out"
+        )
+        return USUAL_CHANNELS, USUAL_FACTOR, None
+    if is_single_file(path) and place.is_file():
+        notes.append(f"vae.path: {path} is a single file, not looked at; {USUAL_CHANNELS} channels, f={USUAL_FACTOR}")
+        return USUAL_CHANNELS, USUAL_FACTOR, None
+    model = config.vae.model
+    failures.append(f"vae.path: {path} came, and there is no autoencoder; train one (train-vae), or correct the path")
+    notes.append("vae.path: nothing there; counted by vae.model")
+    factor = 2 ** (len(model.block_out_channels) - 1)
+    return model.latent_channels, factor, num_parameters(lambda: build_autoencoder(model))
+
+
+def _text(config: Config, notes: list[str], failures: list[str]) -> tuple[int, int | None, int | None, int | None]:
+    """Tokens L, their width, what is pooled, parameters; widths are None where nothing says them."""
+    text = config.conditioning.text
+    if text is None:
+        return 1, None, None, 0
+    if text.path is None:
+        two = len(text.models) == 2
+        pooled = text.models[1].width if two else None
+        total = sum(num_parameters(_from_scratch(model, two and i == 1)) for i, model in enumerate(text.models))
+        return text.models[0].num_tokens, sum(model.width for model in text.models), pooled, total
+    folder = Path(text.path).expanduser()
+    said = [_config_json(folder / name, None) for name in ("text_encoder", "text_encoder_2")]
+    there = [each for each in said if each]
+    if there:
+        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        total = sum(num_parameters(_clip(kind, each)) for kind, each in zip(kinds, there, strict=False))
+        pooled = int(there[1].get("projection_dim", 512)) if len(there) > 1 else None
+        width = sum(int(each["hidden_size"]) for each in there)
+        return int(there[0].get("max_position_embeddings", CLIP_TOKENS)), width, pooled, total
+    if _on_hub(text.path):
+        notes.append(
+            f"conditioning.text.path: {text.path} lies on the hub, not looked at; {CLIP_TOKENS} tokens are assumed, "
+            "its memory is left out"
+        )
+    else:
+        failures.append(f"conditioning.text.path: {text.path} came, and there is no text_encoder/ in it")
+    return CLIP_TOKENS, None, None, None
+
+
+def _config_json(folder: Path, inner: str | None) -> dict[str, Any] | None:
+    for place in (folder, folder / inner) if inner else (folder,):
+        if (place / "config.json").is_file():
+            return json.loads((place / "config.json").read_text(encoding="utf-8"))
+    return None
+
+
+def _of_config(kind: type[ModelMixin], said: dict[str, Any]) -> Callable[[], Module]:
+    arguments = {key: value for key, value in said.items() if not key.startswith("_")}
+    return lambda: cast(Module, cast(Any, kind).from_config(arguments))
+
+
+def _clip(kind: Any, said: dict[str, Any]) -> Callable[[], Module]:
+    return lambda: kind(CLIPTextConfig(**said))
+
+
+def _from_scratch(model: TextModelConfig, projected: bool) -> Callable[[], Module]:
+    settings = CLIPTextConfig(
+        vocab_size=model.vocabulary,
+        hidden_size=model.width,
+        intermediate_size=4 * model.width,
+        projection_dim=model.width,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        max_position_embeddings=model.num_tokens,
+    )
+    return lambda: (CLIPTextModelWithProjection if projected else CLIPTextModel)(settings)
+
+
+def _on_hub(name: str) -> bool:
+    place = Path(name).expanduser()
+    return bool(HUB_ID.fullmatch(name)) and not place.exists() and not place.parent.exists()

@@ -1,0 +1,87 @@
+"""`check`: what it prints of a config, and what it finds that would fail; and the recipe at 512 pixels."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from world import World
+
+from pipeline.__main__ import main
+from pipeline.config_file import load_config
+from pipeline.preflight import of_batch
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "text512_sd2.yaml"
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, list[str]]:
+    """Exit code, what was printed, and the errors."""
+    code = main(["check", *words])
+    told = capsys.readouterr()
+    return code, told.out, told.err.splitlines()
+
+
+def test_the_recipe_at_512_pixels_is_of_stable_diffusion_2s_size(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, errors = said(capsys, str(CONFIG), "--gpus", "64", "--gpu", "h100-sxm")
+    assert "865,910,724" in out and "865,910,724" in CONFIG.read_text(encoding="utf-8")
+    assert "2,408.7" in out and "804.3" in out
+    assert "64 × h100-sxm" in out and "GPU-hours" in out and "1024" in out
+    assert out.count("lies on the hub, not looked at") == 2
+    # Nothing is wrong but that the data are not on this machine.
+    assert code == 2
+    assert [line.partition(": ")[2].partition(":")[0] for line in errors] == [
+        "data.train_latents",
+        "data.validation_images",
+    ]
+
+
+def test_the_recipe_may_run_on_any_power_of_two() -> None:
+    config = load_config(CONFIG)
+    assert config.train.steps * config.train.global_batch_images == 1_740_800_000
+    for power in range(8):
+        assert of_batch(config, 2**power) == []
+
+
+def test_what_would_fail_is_named_in_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = said(
+        capsys, str(CONFIG), "--gpus", "48", "--gpu", "v100", "data.image_size=500", "engine.num_processes=64"
+    )
+    assert code == 2
+    text = "\n".join(errors)
+    assert "data.image_size: 500 came, a multiple of the VAE's factor 8 was wanted" in text
+    assert "engine.num_processes: 64 came, the check is for 48 ranks" in text
+    assert "48 ranks came, but the number of ranks must divide data.lanes=1024" in text
+    assert "engine.precision: bf16 came, v100 has fp16 and fp32" in text
+    code, _, errors = said(capsys, str(CONFIG), "--gpus", "64", "--gpu", "a10", "train.micro_batch_images=24")
+    text = "\n".join(errors)
+    assert code == 2 and "it must divide a rank's share of the batch, 2048 / 64 = 32" in text
+    assert "engine.strategy: ddp takes" in text and "a10 has 22.4" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--gpus", "0"), "'0' came, a whole number of 1 or more was wanted"),
+        (("--link-gbit-s", "nan"), "'nan' came, a number above 0 was wanted"),
+        (("--utilisation", "1.5"), "'1.5' came, a number above 0 and at most 1 was wanted"),
+        (("--gpu", "tpu"), "invalid choice: 'tpu'"),
+        (("evaluation.num_inference_steps=33",), "must divide diffusion.num_timesteps=1000"),
+    ],
+)
+def test_wrong_words_are_told(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str) -> None:
+    code, _, errors = said(capsys, str(CONFIG), *words)
+    assert code == 2 and len(errors) == 1 and told in errors[0]
+
+
+def test_a_world_that_is_there_passes(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, errors = said(capsys, str(world.config), "--gpus", "2", "--gpu", "a100-40")
+    assert (code, errors) == (0, []), out
+    assert "nothing found that would fail" in out and "samples" in out and "the index" in out
+
+    (folder := tmp_path / "latents").mkdir()
+    for shard in Path((load_config(world.config).data.train_latents or ("",))[0]).glob("*.tar"):
+        shutil.copy(shard, folder)
+    code, _, errors = said(capsys, str(world.config), "--gpus", "2", f"data.train_latents={folder}")
+    assert code == 2 and len(errors) == 1
+    assert errors[0].startswith("error: data.train_latents: ") and "not indexed; run: python -m pipeline" in errors[0]
