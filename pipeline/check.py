@@ -268,7 +268,3 @@ def _number(word: str) -> float:
         return float(word)
     except ValueError:
         return math.nan
-
-
-if __name__ == "__main__":
-    program.end(main())

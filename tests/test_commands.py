@@ -28,6 +28,7 @@ PROGRAMS = ("train_vae", "measure_vae", "encode", "train", "reconstruct", "expor
 PURPOSES = {
     "prepare": "Make image shards",
     "index": "Check a folder of WebDataset tars",
+    "check": "Say what a run will take",
     "train-vae": "Train the autoencoder on images",
     "measure-vae": "Measure an autoencoder",
     "encode": "Encode image shards into latent shards",
