@@ -13,7 +13,7 @@ VERB := $(BIN)/python -m pipeline
 help:
 	@echo "make demo         train a latent diffusion model on real handwritten digits and look at what it draws"
 	@echo "make test         lint, types and the test suite"
-	@echo "make system-test  several ranks, kills, restarts, a full disk"
+	@echo "make system-test  several ranks, kills, restarts, a full disk, a real Slurm"
 	@echo "make soak         kills, signals, failing disks and strategies at full count, hours; writes benchmarks/results/soak.jsonl"
 	@echo "make env          .venv with the locked versions (the targets above call it)"
 	@echo "make clean        remove what demo made: data/digits and runs/digits_*"
