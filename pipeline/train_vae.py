@@ -48,6 +48,7 @@ from vae.steps import AutoencoderStep
 
 IDENTITY = ("seed", "data", "vae", "engine")
 HEALTH_IMAGES = 256  # whose reconstructions are looked at while training
+NEIGHBOURS = 5  # k of coverage: of no more images than that there is none
 SHOWN = ("reconstruction", "discriminator/accuracy_real", "discriminator/accuracy_fake")  # on the progress bar
 
 
@@ -120,7 +121,7 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
         engine.main_does(lambda: looked_at.append(images_to_look_at(config)))
     health = Health(
         run,
-        looked_at[0] if looked_at else None,
+        looked_at[0] if looked_at and len(looked_at[0]) > NEIGHBOURS else None,
         eyes.features if eyes else thumbnails,
         batch_images=config.evaluation.batch_images,
     )
