@@ -18,6 +18,7 @@ from pipeline.config import EngineConfig
 from pipeline.errors import RunError, UsageError
 from pipeline.strategies.choice import Strategy, choose
 from pipeline.strategies.precision import Precision, autocast
+from pipeline.transfer import Transfer
 
 CommonError = TypeVar("CommonError", bound=Exception)
 ERRORS = {kind.__name__: kind for kind in (UsageError, RunError)}
@@ -26,15 +27,12 @@ ERRORS = {kind.__name__: kind for kind in (UsageError, RunError)}
 class Summed:
     """Numbers that are being summed over all ranks; nobody waits for them before they are read."""
 
-    def __init__(self, names: Sequence[str], total: Tensor, work: dist.Work | None) -> None:
-        self._names, self._total, self._work = tuple(names), total, work
+    def __init__(self, names: Sequence[str], total: Callable[[], Tensor]) -> None:
+        self._names, self._total = tuple(names), total
 
     def read(self) -> dict[str, float]:
         """Wait for them; the same on every rank."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return dict(zip(self._names, self._total.tolist(), strict=True))
+        return dict(zip(self._names, self._total().tolist(), strict=True))
 
 
 class Engine:
@@ -50,6 +48,7 @@ class Engine:
         self.num_ranks: int = self._ranks.num_processes
         self.is_main: bool = self._ranks.is_main_process
         self.device = torch.device(self._ranks.device or "cpu")
+        self.transfer = Transfer(self.device)
         asked = config.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
         if self.num_ranks != asked:
             raise UsageError(
@@ -60,10 +59,6 @@ class Engine:
     def autocast(self) -> AbstractContextManager[object]:
         """What a frozen network computes in: the run's precision, over fp32 weights."""
         return autocast(self.precision, self.device.type)
-
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Move a batch.  float64 draws stay on the CPU: they become timesteps there."""
-        return {k: v if v.dtype == torch.float64 else v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def sum_later(self, values: Mapping[str, Tensor | float]) -> Summed:
         """Begin to sum scalars over the ranks, the same names in the same order on each.
@@ -79,7 +74,7 @@ class Engine:
             ]
         )
         work = dist.all_reduce(total, async_op=True) if self.num_ranks > 1 else None
-        return Summed([*on_host, *on_device], total, work)
+        return Summed([*on_host, *on_device], self.transfer.to_host(total, work))
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, on each of them; the host does not wait on a GPU."""

@@ -90,9 +90,14 @@ class Zero(Wrapped):
         """See Wrapped.  DeepSpeed itself looks at the norm, waits for it, and drops a step that is not finite."""
         set_learning_rate(self.zero, learning_rate)
         self.engine.step()
-        bad = torch.tensor(bool(self.zero.overflow), device=self.device)
+        bad = torch.full((), bool(self.zero.overflow), device=self.device)
         skipped = torch.zeros_like(bad) if self.loss_scale is None else self.loss_scale.update(bad)
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        found = self.engine.get_global_grad_norm()
+        norm = (
+            found.to(self.device).float()
+            if isinstance(found, Tensor)
+            else torch.full((), float(found), device=self.device)
+        )
         return StepReport(norm, finite=~bad | skipped, skipped=skipped)
 
     def _flat(self) -> list[Tensor]:
