@@ -28,17 +28,19 @@ def main() -> None:
     """Take steps in all ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=32, help="images of a step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_set(folder / "set")
+        batch = {"global_batch_images": args.batch}
         kinds = AVERAGES | {"again": AVERAGES["one"]}
         ways = {
-            kind: partial(next, our_steps(config_of(folder, kind, ema={"decays": decays})))
+            kind: partial(next, our_steps(config_of(folder, kind, ema={"decays": decays}, train=batch)))
             for kind, decays in kinds.items()
         }
-        config = config_of(folder, "plain")
+        config = config_of(folder, "plain", train=batch)
         ways |= {"plain": PlainStep(config), "plain again": PlainStep(config), "passes": PassesAlone(config)}
         for _ in range(5):
             for way in ways.values():

@@ -108,12 +108,11 @@ class Ema:
 
         θ̄ ← θ̄ + (1 - β) (θ - θ̄)
         """
-        now = [weight.detach() for weight in weights]
-        if not now:  # a rank may have no part of a small model
+        if not weights:  # a rank may have no part of a small model
             return
         for profile in self.profiles:
             share = profile.new_share(num_updates)
-            torch._foreach_lerp_(self.shadows[profile.name], now, share)  # pyright: ignore[reportPrivateUsage]
+            torch._foreach_lerp_(self.shadows[profile.name], weights, share)  # pyright: ignore[reportPrivateUsage]
 
 
 def sigma_rel_of(gamma: float) -> float:

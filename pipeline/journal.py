@@ -75,6 +75,7 @@ class Journal:
             desc=f"train {name}",
             unit=" images",
             dynamic_ncols=True,
+            mininterval=0.5,  # seconds: drawing it takes as long as an average's update of a small network
             disable=not engine.is_main,
         )
         self.tracker: Tracker | None = None

@@ -7,6 +7,7 @@ meanwhile the weights are guarded on the device.  Before a checkpoint all is rea
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -179,6 +180,9 @@ class Training:
             stopping = entered.enter_context(Stopping(self.config.train.limit_s))
             watchdog = entered.enter_context(self._watchdog())
             unread: Taken | None = None
+            gc.collect()
+            gc.freeze()  # what is there stays: no step is held up by a search among a million old objects
+            entered.callback(gc.unfreeze)
             while self.step < self.course.steps:
                 with self.journal.pace.waiting():
                     loaded = [next(batches) for _ in range(num_micro)]
