@@ -523,6 +523,25 @@ class EngineConfig(Section):
         "third more time.",
         json_schema_extra=FREE,
     )
+    compile: bool = Field(
+        default=False,
+        description="Translate the networks' levels with torch.compile, which takes minutes at the start; rounds "
+        "differently. Not with zero3.",
+        json_schema_extra=FREE,
+    )
+    channels_last: bool = Field(
+        default=False,
+        description="Let channels lie next to each other in memory, as convolutions in bf16 and fp16 want them on "
+        "GPUs; rounds differently.",
+        json_schema_extra=FREE,
+    )
+    attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math", "xformers"] = Field(
+        default="auto",
+        description="The attention kernel that is tried first; what it can't do, others do. auto: torch's choice; "
+        "cudnn, flash, efficient, math: torch's own; flash3: FlashAttention-3, where it is installed; xformers "
+        "likewise. On a CPU: auto, flash, math.",
+        json_schema_extra=FREE,
+    )
 
 
 class EmaConfig(Section):

@@ -108,11 +108,12 @@ class Ema:
 
         θ̄ ← θ̄ + (1 - β) (θ - θ̄)
         """
-        if not weights:  # a rank may have no part of a small model
+        now = list(weights)
+        if not now:  # a rank may have no part of a small model
             return
         for profile in self.profiles:
             share = profile.new_share(num_updates)
-            torch._foreach_lerp_(self.shadows[profile.name], weights, share)  # pyright: ignore[reportPrivateUsage]
+            torch._foreach_lerp_(self.shadows[profile.name], now, share)  # pyright: ignore[reportPrivateUsage]
 
 
 def sigma_rel_of(gamma: float) -> float:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -14,10 +14,12 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from pipeline.attention import preferred
 from pipeline.config import EngineConfig
 from pipeline.errors import RunError, UsageError
 from pipeline.strategies.choice import Strategy, choose
 from pipeline.strategies.precision import Precision, autocast
+from pipeline.strategies.regions import check_compiler
 from pipeline.transfer import Transfer
 
 CommonError = TypeVar("CommonError", bound=Exception)
@@ -49,6 +51,10 @@ class Engine:
         self.is_main: bool = self._ranks.is_main_process
         self.device = torch.device(self._ranks.device or "cpu")
         self.transfer = Transfer(self.device)
+        if config.compile:
+            check_compiler(self.device)
+        self._entered = ExitStack()  # for as long as the process lives
+        self._entered.enter_context(preferred(config.attention, self.device))
         asked = config.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
         if self.num_ranks != asked:
             raise UsageError(

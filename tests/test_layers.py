@@ -49,6 +49,7 @@ LAYERS = {
     """,
     "L2 running": """
         pipeline.strategies pipeline.strategies.choice pipeline.strategies.wrapped pipeline.strategies.precision
+        pipeline.strategies.regions pipeline.attention
         pipeline.strategies.masters pipeline.strategies.ddp pipeline.strategies.zero pipeline.strategies.fsdp2
         pipeline.transfer pipeline.pace
         pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder

@@ -97,8 +97,8 @@ class Masters:
         state.count.add_(1 - found_inf)
 
     def _fresh(self, num_updates: int) -> _State:
-        zeros = ([torch.zeros_like(weight) for weight in self.weights] for _ in MOMENTS)
-        return _State(*zeros, torch.full((), float(num_updates), device=self.weights[0].device))
+        exp_avg, exp_avg_sq = ([torch.zeros_like(weight) for weight in self.weights] for _ in MOMENTS)
+        return _State(exp_avg, exp_avg_sq, torch.full((), float(num_updates), device=self.weights[0].device))
 
     def moments(self) -> dict[str, list[Tensor]]:
         """exp_avg and exp_avg_sq like the weights; {} before the first step."""
