@@ -543,6 +543,17 @@ class EngineConfig(Section):
         json_schema_extra=FREE,
     )
 
+    @property
+    def arithmetic(self) -> str:
+        """What rounds as it does: the precision, and what else changes the order of sums."""
+        return self.precision + " channels_last" * self.channels_last + " compiled" * self.compile
+
+    @model_validator(mode="after")
+    def _kernels_can_be_compiled(self) -> Self:
+        if self.compile and self.attention == "xformers":
+            raise ValueError("compile: true with attention: xformers came; torch's own kernels compile, such as flash")
+        return self
+
 
 class EmaConfig(Section):
     """Averages of the weights; the first, of decays or else of sigma_rels, is exported, sampled and evaluated."""
@@ -626,6 +637,9 @@ class EvaluationConfig(Section):
         description="Real images at most that samples are compared with, evenly spaced over the set.",
     )
     batch_images: int = Field(default=100, gt=0, description="Images per sampler call.")
+    decode_slices: bool = Field(
+        default=False, description="sample: decode images one by one, which takes the memory of one."
+    )
     likelihood: LikelihoodConfig = LikelihoodConfig()
 
 

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.nn import Module
 
-from pipeline.attention import preferred
+from pipeline.attention import preferred, use_xformers
 from pipeline.config import EngineConfig
 from pipeline.errors import RunError, UsageError
 from pipeline.strategies.choice import Strategy, choose
 from pipeline.strategies.precision import Precision, autocast
-from pipeline.strategies.regions import check_compiler
+from pipeline.strategies.regions import check_compiler, compile_regions
 from pipeline.transfer import Transfer
 
 CommonError = TypeVar("CommonError", bound=Exception)
@@ -42,6 +43,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         """Join the ranks.  Raises UsageError where another number of them is there than was asked for."""
+        self.config = config
         self.strategy: Strategy = choose(config, os.environ)
         self.precision: Precision = config.precision
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -61,6 +63,18 @@ class Engine:
                 f"engine.num_processes: {asked} ranks were asked for, {self.num_ranks} came; start with "
                 f"accelerate launch --num_processes {asked} (and without --cpu: it makes separate runs of one rank)"
             )
+
+    def quicken(self, model: Any, part: Module | None = None) -> None:
+        """Have a frozen network of diffusers, on its device, compute as the config asks: it rounds differently.
+
+        `part`: of it, that will run; None: all of it.
+        """
+        if self.config.channels_last:
+            Module.to(model, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.config.attention == "xformers":
+            use_xformers(model)
+        if self.config.compile:
+            compile_regions(part or model)
 
     def autocast(self) -> AbstractContextManager[object]:
         """What a frozen network computes in: the run's precision, over fp32 weights."""

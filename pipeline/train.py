@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline import files, program, sampler
+from pipeline.attention import use_xformers
 from pipeline.autoencoder import refuse_misfit
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.conditioning import Conditioning, Joint
@@ -152,6 +153,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
     )
     started_from = start.record if start else None
     del start  # its weights, when the network's own have gone to the device
+    if config.engine.attention == "xformers":
+        use_xformers(unet)
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     conditioning = Conditioning(condition, text, unet.config)
