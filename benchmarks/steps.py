@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from pipeline.denoising import DenoisingLoss
 from pipeline.ema import profiles
 from pipeline.engine import Engine
 from pipeline.optim import UpdateRule
+from pipeline.pace import Work
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
 from vae.moments import LatentScale
@@ -57,6 +58,7 @@ def write_set(folder: Path, shape: tuple[int, int, int] = SHAPE, *, per_shard: i
 def config_of(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
     """The demo's config with a U-Net of 987 k parameters, and what `sections` change of it."""
     given: dict[str, dict[str, Any]] = {
+        "diffusion": {},
         "data": {"train_images": str(folder / "set"), "image_size": 32, "lanes": 16, "workers": 1},
         "vae": {},
         "unet": {
@@ -73,14 +75,28 @@ def config_of(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
         "checkpoint": {"every_steps": MANY_STEPS},
         "tracking": {"tensorboard": False},
     }
+    if "preset" in sections.get("unet", {}):
+        given["unet"] = {}  # the preset's shape, whole
     for key, values in sections.items():
         given[key] |= values
     return Config.model_validate({"run_dir": str(folder / name), "seed": SEED, **given})
 
 
-def network(config: Config, shape: tuple[int, int, int]) -> UNet2DConditionModel:
-    """The U-Net, the same weights each time."""
-    return build_unet(config.unet, config.conditioning, shape, SEED)
+class Captions:
+    """Condition tokens as cached embeddings bring them: the same ones for every image, on the device already."""
+
+    def __init__(self, num_tokens: int, width: int, device: torch.device) -> None:
+        self.tokens = torch.randn(1, num_tokens, width, device=device)
+
+    def arguments(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """As Conditioning gives them."""
+        count = len(batch["eps"])
+        return {"encoder_hidden_states": self.tokens.expand(count, -1, -1)}
+
+
+def network(config: Config, shape: tuple[int, int, int], num_tokens: int | None = None) -> UNet2DConditionModel:
+    """The U-Net, the same weights each time; with `num_tokens` it reads captions and knows no class."""
+    return build_unet(config.unet, config.conditioning if num_tokens is None else None, shape, SEED)
 
 
 def samples_of(config: Config, *pieces: Piece) -> Samples:
@@ -88,8 +104,14 @@ def samples_of(config: Config, *pieces: Piece) -> Samples:
     return Samples.of(config.data.train_images, pieces, seed=SEED, data=config.data)
 
 
-def our_training(config: Config, shape: tuple[int, int, int] = SHAPE) -> tuple[Training, DenoisingLoss]:
-    """All of `train` but its pictures: the loader in its process, the journal, the run folder."""
+def our_training(
+    config: Config,
+    shape: tuple[int, int, int] = SHAPE,
+    *,
+    num_tokens: int | None = None,
+    flops_per_image: int | None = None,
+) -> tuple[Training, DenoisingLoss]:
+    """All of `train` but its pictures: the loader's processes, the journal, the run folder."""
     engine = Engine(config.engine)
     batch = config.train.global_batch_images
     pieces = (
@@ -99,10 +121,11 @@ def our_training(config: Config, shape: tuple[int, int, int] = SHAPE) -> tuple[T
         Dropout(SEED, config.conditioning.dropout),
         ClassLabel(CLASSES),
     )
-    unet = network(config, shape)
+    unet = network(config, shape, num_tokens)
     run = Path(config.run_dir)
     run.mkdir(parents=True)
     rule = UpdateRule(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip_norm=1.0)
+    work = None if flops_per_image is None else Work.on(engine.device, config.engine.precision, flops_per_image)
     training = Training(
         engine,
         run,
@@ -113,8 +136,12 @@ def our_training(config: Config, shape: tuple[int, int, int] = SHAPE) -> tuple[T
         course=Course(config.train.steps, batch, config.train.micro_batch_images, lambda step: LEARNING_RATE, rule),
         config=config,
         record={},
+        work=work,
     )
-    conditioning = Conditioning(config.conditioning, None, unet.config)
+    if num_tokens is None:
+        conditioning = Conditioning(config.conditioning, None, unet.config)
+    else:
+        conditioning = cast(Conditioning, Captions(num_tokens, config.unet.cross_attention_dim, engine.device))
     objective = objective_of(config.diffusion, engine.device)
     return training, DenoisingLoss(objective, LatentScale(1.0), conditioning, nullcontext, lambda x: x)
 
@@ -125,9 +152,9 @@ class PlainStep:
     Noise and timesteps are drawn in the step, there is no condition dropout, and nothing is written down.
     """
 
-    def __init__(self, config: Config, shape: tuple[int, int, int] = SHAPE) -> None:
+    def __init__(self, config: Config, shape: tuple[int, int, int] = SHAPE, *, num_tokens: int | None = None) -> None:
         self.accelerator = Accelerator(cpu=config.engine.device == "cpu", mixed_precision=_mixed(config))
-        unet: Any = network(config, shape)
+        unet: Any = network(config, shape, num_tokens)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         schedule = get_scheduler("constant", optimizer)
         self.ema = EMAModel(unet.parameters(), decay=0.9999, model_cls=UNet2DConditionModel, model_config=unet.config)
@@ -140,7 +167,10 @@ class PlainStep:
         cuda = self.accelerator.device.type == "cuda"
         samples = samples_of(config, Moments(SEED, shape), ClassLabel(CLASSES))
         self.batches = load_batches(samples, positions, workers=config.data.workers, pin_memory=cuda)
-        self.width = int(config.unet.cross_attention_dim)
+        size = (1, num_tokens or 1, config.unet.cross_attention_dim)
+        make = torch.zeros if num_tokens is None else torch.randn
+        self.tokens = make(size, device=self.accelerator.device)
+        self.has_class = num_tokens is None
 
     def __call__(self) -> None:
         """Take it."""
@@ -152,8 +182,10 @@ class PlainStep:
             eps = torch.randn_like(z_0)
             t = torch.randint(0, 1000, (len(z_0),), device=device).long()
             z_t = self.noise.add_noise(z_0, eps, t)
-            tokens = torch.zeros(len(z_0), 1, self.width, device=device)
-            said = self.unet(z_t, t, encoder_hidden_states=tokens, class_labels=labels, return_dict=False)[0]
+            told: dict[str, Any] = {"encoder_hidden_states": self.tokens.expand(len(z_0), -1, -1)}
+            if self.has_class:
+                told["class_labels"] = labels
+            said = self.unet(z_t, t, **told, return_dict=False)[0]
             loss = F.mse_loss(said.float(), eps.float(), reduction="mean")
             mean: Any = self.accelerator.gather(loss.repeat(len(z_0)))
             train_loss = mean.mean().item()
