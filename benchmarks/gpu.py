@@ -227,7 +227,9 @@ def _memory_gib() -> float:
 
 
 def child(kind: str, **case: Any) -> dict[str, Any]:
-    """What a case measures in a process of its own; {"failed": why} where it doesn't."""
+    """What a case measures in a process of its own; {"failed": why} where it doesn't.  Small ones share this one."""
+    if case["small"] and kind != "plain":
+        return KINDS[kind](case)
     words = [sys.executable, str(Path(__file__)), "--case", json.dumps({"kind": kind, **case})]
     environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, capture_output=True, text=True, env=_with(environment), check=False)
@@ -366,6 +368,8 @@ def main() -> int:
     if not args.small and not torch.cuda.is_available():
         print("gpu.py: no CUDA device on this machine; nothing was measured (--small tries the code)", file=sys.stderr)
         return 2
+    if args.small:
+        torch.set_num_threads(1)
     device = "CPU, tiny networks: no figures" if args.small else torch.cuda.get_device_name()
     table = [f"{device}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; `python benchmarks/gpu.py`"]
     for network in (SMALL,) if args.small else NETWORKS:

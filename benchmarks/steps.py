@@ -86,7 +86,8 @@ class Captions:
     """Condition tokens as cached embeddings bring them: the same ones for every image, on the device already."""
 
     def __init__(self, num_tokens: int, width: int, device: torch.device) -> None:
-        self.tokens = torch.randn(1, num_tokens, width, device=device)
+        draw = torch.Generator().manual_seed(SEED)
+        self.tokens = torch.randn(1, num_tokens, width, generator=draw).to(device)
 
     def arguments(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """As Conditioning gives them."""

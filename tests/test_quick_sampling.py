@@ -86,7 +86,7 @@ def test_what_rounds_otherwise_is_another_set_of_latents(world: World) -> None:
         one, two = (moments_from_bytes(each.read(0, row)[1][PART]) for each in (a, b))
         assert np.abs(one.astype(np.float32) - two).max() <= 1e-2
     assert world.do("encode", *words, f"data.train_latents={plain}") == [2]
-    assert "precision was fp32, now fp32 channels_last" in world.said()
+    assert "precision was 'fp32', now 'fp32 channels_last'" in world.said()
 
 
 def test_a_batch_is_filled_for_a_compiled_network() -> None:

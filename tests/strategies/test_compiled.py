@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from strategy_runs import Leg, Runs, largest, tiny_unet
+from torch import nn
 
 from pipeline.config import EngineConfig
 from pipeline.errors import UsageError
@@ -18,7 +19,8 @@ from pipeline.strategies import choose
 from pipeline.strategies.regions import compile_regions, regions
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3, "bf16_weights": 2e-3}  # of a loss, relative, over four steps
-APART = {"fp32": 1e-4, "bf16": 4e-3, "bf16_weights": 4e-3}  # of a weight; AdamW makes steps of what is rounding alone
+# Of a weight: where a gradient is rounding alone AdamW makes a step of its sign, 1e-3 long, all the same.
+APART = {"fp32": 1e-3, "bf16": 4e-3, "bf16_weights": 4e-3}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,20 @@ def test_channels_last_goes_on_from_any_checkpoint(runs: Runs) -> None:
         assert largest(found["weights"], whole["weights"]) <= 1e-5
 
 
-def test_inductors_code_trains_alike(runs: Runs) -> None:
-    """What a run compiles in earnest, with a C++ compiler."""
-    assert_same(runs, Leg("ddp", 1, 4, network="autoencoder", compiled="inductor"))
+def test_inductors_code_computes_the_same() -> None:
+    """What a run compiles in earnest, here of one level alone: a C++ compiler takes seconds for each."""
+    plain, compiled = (nn.ModuleDict({"mid_block": tiny_unet().mid_block}) for _ in "ab")
+    compiled.load_state_dict(plain.state_dict())
+    compile_regions(compiled)
+    draw = torch.Generator().manual_seed(0)
+    z, time, tokens = (torch.randn(shape, generator=draw) for shape in ((2, 10, 4, 4), (2, 24), (2, 1, 5)))
+    found, wanted = (network["mid_block"](z, time, tokens) for network in (compiled, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    for output in (found, wanted):
+        output.square().mean().backward()
+    for a, b in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
 
 
 def test_a_graph_break_is_an_error() -> None:
