@@ -42,5 +42,5 @@ def spread(found: list[dict[str, float]], one: str, other: str) -> str:
 
 def say(figure: str, value: float, bound: str, holds: bool, unit: str) -> None:
     """One line of the result."""
-    line = {"figure": figure, "value": round(value, 4), "bound": bound, "holds": holds, "unit": unit}
+    line = {"figure": figure, "value": float(f"{value:.4g}"), "bound": bound, "holds": holds, "unit": unit}
     print(json.dumps(line, ensure_ascii=False), flush=True)

@@ -156,7 +156,7 @@ def load_batches(
         samples,
         batch_sampler=cast(Any, _Once(positions)),
         num_workers=workers,
-        collate_fn=_packed if workers else _as_it_is,
+        collate_fn=cast(Any, _packed if workers else _as_it_is),
         worker_init_fn=_leave_signals_to_the_program,
         pin_memory=pin_memory,
     )
