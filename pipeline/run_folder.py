@@ -17,6 +17,17 @@ from pipeline.errors import UsageError, blame
 
 State = Literal["running", "done", "preempted", "failed", "usage"]
 STATUS = "status.json"
+TRAINING = (
+    "seed",
+    "data",
+    "unet",
+    "conditioning",
+    "diffusion",
+    "optimizer",
+    "train",
+    "engine",
+    "ema",
+)  # what is trained
 _locks: dict[Path, TextIO] = {}  # held open until the process ends, however it ends
 
 
