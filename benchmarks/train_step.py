@@ -12,6 +12,7 @@ are not counted: they prepare the same samples, and ours draw the noise besides.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import tempfile
 from functools import partial
@@ -22,6 +23,11 @@ from pairs import ratio, rounds, say, spread
 from steps import SEED, PassesAlone, PlainStep, config_of, our_steps, write_set
 
 AVERAGES = {"one": [0.9999], "two": [0.9999, 0.999], "three": [0.9999, 0.999, 0.99]}
+
+
+def losses(run: Path) -> list[float]:
+    """Of the rows that a run has written."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def main() -> None:
@@ -40,12 +46,15 @@ def main() -> None:
             kind: partial(next, our_steps(config_of(folder, kind, ema={"decays": decays}, train=batch)))
             for kind, decays in kinds.items()
         }
+        beside = {"channels_last": True}
+        ways["channels_last"] = partial(next, our_steps(config_of(folder, "channels_last", train=batch, engine=beside)))
         config = config_of(folder, "plain", train=batch)
         ways |= {"plain": PlainStep(config), "plain again": PlainStep(config), "passes": PassesAlone(config)}
         for _ in range(5):
             for way in ways.values():
                 way()
         found = rounds(ways, args.rounds, random.Random(SEED))
+        one, other = (losses(folder / run) for run in ("one", "channels_last"))
     step = ratio(found, "one", "plain")
     quartiles = f"<= 0.88 (quartiles {spread(found, 'one', 'plain')})"
     say("our whole step, one average, over a diffusers-style step", step, quartiles, step <= 0.88, "ratio")
@@ -57,6 +66,9 @@ def main() -> None:
         say(f"our step with {kind} averages, beyond {other}", 100 * more, "<= 2", more <= 0.02, "%")
     floor = ratio(found, "passes", "plain")
     say("forward and backward alone, over a diffusers-style step", floor, "none", True, "ratio")
+    say("channels_last over ours", ratio(found, "channels_last", "one"), "none", True, "ratio")
+    off = max(abs(a / b - 1) for a, b in zip(one, other, strict=True))
+    say("channels_last: a loss off by", off, "<= 0.0001", off <= 1e-4, "relative")
 
 
 if __name__ == "__main__":

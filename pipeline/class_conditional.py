@@ -286,9 +286,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: Label | Iterable[Label] | None = None,
         prompt: str | Sequence[str] | None = None,
         count: int | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> Told:
         """Classes, prompts or both, as the U-Net is told them; one of a kind serves for all `count` images.
 
+        `device`: where the networks compute, for who knows it: diffusers walks through all their modules to say it.
         What the model knows and isn't given is its null condition: the null class, the text "".  Raises ValueError.
         """
         ids = None if class_labels is None else self.label_ids(class_labels)
@@ -306,7 +309,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 + (f" for {count} images" if count else "")
                 + "; as many of each, or one for all, were wanted"
             )
-        num_images, device = max(counts, default=1), self._execution_device
+        num_images, device = max(counts, default=1), device or self._execution_device
         told = Told()
         if self.num_classes:
             told = Told(torch.tensor(ids or [self.num_classes], device=device).expand(num_images))
@@ -393,13 +396,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generators = self._generators(seeds, generator, count)
         device = self._execution_device
         noise = self._noise(latents, generators, count).to(device, torch.float32)  # [B,C,h,w]
-        c = self.tell(labels, prompts, count)
+        c = self.tell(labels, prompts, count, device=device)
         try:
-            u = c if guide is not None else self.tell(negative_label, negative_prompt, count)
+            u = c if guide is not None else self.tell(negative_label, negative_prompt, count, device=device)
         except ValueError as error:
             raise ValueError(f"negative_label, negative_prompt: {error}") from None
 
-        # Once: to know a network's dtype diffusers looks through all its weights.
+        # Once: to know a network's dtype diffusers walks through all its weights.
         dtype, other = self.unet.dtype, self.unet if guide is None else guide
         asked = Asked(
             c.arguments(self.unet.config, dtype),
