@@ -1,0 +1,301 @@
+"""What was measured → the charts of a page, as JSON that its script draws."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any, Literal, TypeGuard
+
+import numpy as np
+
+from pipeline.reporting.rows import Table
+from pipeline.reporting.thin import Curve, Row, thin
+from pipeline.reporting.words import number, readable, score_of
+
+Value = float | None
+OF_GUIDANCE = re.compile(r"guidance_([0-9.e+-]+)/(.+)")  # a score of images drawn at a guidance scale
+LOG_SPAN = 8  # largest over smallest value from which on an axis of powers of ten begins as one
+COLUMNS = {  # of metrics.jsonl → title, unit
+    "loss": ("Loss", ""),
+    "reconstruction": ("Reconstruction", ""),
+    "learning_rate": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", ""),
+    "images_per_s": ("Throughput", "images/s"),
+    "data_wait_s": ("Waiting for data", "s"),
+    "data_wait_share": ("Waiting for data", "share of the time"),
+    "loss_scale": ("Loss scale", ""),
+    "truncated_captions": ("Captions cut off", "share"),
+    "kl_nats_per_element": ("KL, nats per element", ""),
+    "replaced": ("Samples replaced", "so far"),
+}
+HIDDEN = ("position",)
+EVEN = ("learning_rate", "images_per_s", "data_wait_s", "data_wait_share", "coverage")  # begin on an even axis
+QUIET = ("replaced", "skipped", "truncated_captions")  # shown where there were any
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: y over the chart's x, with what lies around it."""
+
+    label: str
+    y: list[Value]
+    low: list[Value] | None = None
+    high: list[Value] | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.  `said`: what it shows, in a sentence, for those who don't see it."""
+
+    title: str
+    x_title: str
+    x: list[float]
+    series: list[Series]
+    said: str
+    unit: str = ""
+    better: Literal["up", "down", ""] = ""
+    percent: bool = False
+    x_log: bool = False
+    y_log: bool = False
+    dots: bool = False  # a dot at each value: few were measured
+    marks: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])  # x, what happened there
+    level: tuple[float, str] | None = None  # y, what lies there: what there is to reach
+    band: str = ""  # what lies around a line
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def training_charts(table: Table, marks: Sequence[tuple[float, str]] = (), first: Sequence[str] = ()) -> list[Chart]:
+    """A chart for each column: `first` the ones named, then those known, then all others."""
+    known = [name for name in dict.fromkeys((*first, *COLUMNS)) if name in table.columns]
+    others = [name for name in table.columns if name not in known and name not in HIDDEN]
+    return [
+        chart
+        for name in (*known, *others)
+        if (chart := column_chart(name, table, marks)) is not None
+        and not (name in QUIET and not any(chart.series[0].y))
+    ]
+
+
+def column_chart(name: str, table: Table, marks: Sequence[tuple[float, str]]) -> Chart | None:
+    """A column over the steps; None where nothing was measured."""
+    y = table.columns[name]
+    curve = thin(table.step, y)
+    if not len(curve.x):
+        return None
+    title, unit = COLUMNS.get(name, (readable(name), ""))
+    low, high = (curve.y if edge is None else edge for edge in (curve.low, curve.high))
+    wide = bool(name not in EVEN and low.min() > 0 and high.max() > LOG_SPAN * low.min())
+    return Chart(
+        title=title,
+        unit=unit,
+        x_title="step",
+        x=rounded(curve.x),
+        series=[series_of(curve)],
+        said=summary(title, table.step, y, unit),
+        y_log=wide,
+        marks=list(marks),
+        band="" if curve.low is None else "lowest to highest",
+    )
+
+
+def evaluation_charts(evaluations: Iterable[Mapping[str, Any]]) -> list[Chart]:
+    """A chart for each score that was measured while training, a curve for each way it was measured.
+
+    Numbers against other references, of other averages, guidance, steps or counts never share a curve.
+    """
+    ways: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, dict[float, float]]] = {}  # score → way → step → value
+    for row in evaluations:
+        step, scores = row.get("step"), row.get("scores")
+        if not isinstance(step, int | float) or not isinstance(scores, dict):
+            continue
+        way = {
+            "ema": row.get("ema"),
+            "guidance": row.get("guidance_scale"),
+            "steps": row.get("num_inference_steps"),
+            "images": row.get("num_images"),
+            "references": row.get("references"),
+        }
+        key = json.dumps(way, sort_keys=True, default=str)
+        ways[key] = way
+        for name, value in scores.items():
+            if isinstance(value, int | float) and isfinite(value):
+                found.setdefault(str(name), {}).setdefault(key, {})[step] = float(value)
+    labels = dict(zip(ways, way_labels(list(ways.values())), strict=True))
+    order = {name: i for i, name in enumerate(SHOWN_FIRST)}
+    names = sorted(found, key=lambda name: (order.get(name.rpartition("/")[2], len(order)), name))
+    return [score_chart(name, found[name], labels) for name in names if not bookkeeping(name)]
+
+
+SHOWN_FIRST = ("frechet_distance", "kernel_distance", "class_accuracy", "precision", "recall", "density", "coverage")
+
+
+def bookkeeping(name: str) -> bool:
+    """Whether a number says how a score was measured, not what it is."""
+    last = name.rpartition("/")[2]
+    return last.startswith("num_") or last.endswith(("_std", "_standard_error", "_threshold_levels"))
+
+
+def way_labels(ways: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells ways to measure apart, in words."""
+
+    def said(name: str, value: Any) -> str:
+        match name:
+            case "guidance":
+                return f"guidance {value:g}" if isinstance(value, int | float) else "no guidance"
+            case "steps":
+                return f"{value} steps"
+            case "images":
+                return f"{value:,} images" if isinstance(value, int) else f"{value} images"
+            case _:
+                return str(value)
+
+    def canonical(name: str, way: Mapping[str, Any]) -> str:
+        return json.dumps(way[name], sort_keys=True, default=str)
+
+    differing = [name for name in (ways[0] if ways else ()) if len({canonical(name, way) for way in ways}) > 1]
+    references = list(dict.fromkeys(canonical("references", way) for way in ways))
+    labels: list[str] = []
+    for way in ways:
+        parts = [said(name, way[name]) for name in differing if name != "references"]
+        if "references" in differing:  # their fingerprints are long: numbered
+            parts.append(f"references {1 + references.index(canonical('references', way))}")
+        labels.append(", ".join(parts))
+    return labels
+
+
+def score_chart(name: str, by_way: Mapping[str, Mapping[float, float]], labels: Mapping[str, str]) -> Chart:
+    """A score over the steps."""
+    score = score_of(name.rpartition("/")[2])
+    title = score.title if "/" not in name else f"{score.title} ({readable(name.rpartition('/')[0])})"
+    steps = sorted({step for values in by_way.values() for step in values})
+    series = [
+        Series(labels[way], [significant(values[step]) if step in values else None for step in steps])
+        for way, values in by_way.items()
+    ]
+    ends = [f"{labels[way] or title}: {score.write(values[max(values)])}" for way, values in by_way.items()]
+    said = f"{title} at {len(steps)} steps up to {number(steps[-1])}. Last: {'; '.join(ends)}."
+    return Chart(
+        title=title,
+        x_title="step",
+        x=steps,
+        series=series,
+        said=said,
+        better=score.better,
+        percent=score.percent,
+        dots=True,
+    )
+
+
+def sweep_charts(scores: Mapping[str, Any]) -> list[Chart]:
+    """Scores over the guidance scales, beside those of real held-out images; none of one scale alone."""
+    scales = sorted(
+        float(name[9:].partition("/")[0]) for name in scores if name.startswith("guidance_") and "/" in name
+    )
+    scales = list(dict.fromkeys(scales))
+    charts: list[Chart] = []
+    found = dict.fromkeys(name.partition("/")[2] for name in scores if name.startswith("guidance_"))
+    for name in found:
+        values = [scores.get(f"guidance_{scale:g}/{name}") for scale in scales]
+        score = score_of(name)
+        fairer = f"{name}_equal_n" in found or name.endswith("_of_validation")
+        if len(scales) < 2 or bookkeeping(name) or fairer or not score.better or not all(map(is_number, values)):
+            continue
+        real = scores.get(f"validation/{name}")
+        ends = ", ".join(f"{score.write(v)} at {scale:g}" for scale, v in zip(scales, values, strict=True))
+        charts.append(
+            Chart(
+                title=score.title,
+                x_title="guidance",
+                x=scales,
+                series=[Series("", [significant(v) for v in values if v is not None])],
+                said=f"{score.title} by guidance: {ends}.",
+                better=score.better,
+                percent=score.percent,
+                dots=True,
+                level=(float(real), "real images") if is_number(real) else None,
+            )
+        )
+    return charts
+
+
+def bound_charts(bound: Mapping[str, Any]) -> list[Chart]:
+    """The variational bound's steps: what each costs, and what they come to; none where it was not counted."""
+    try:
+        t, bits, errors, counts = (
+            np.array(bound[name], dtype=np.float64) for name in ("t", "bits", "errors", "counts")
+        )
+    except (KeyError, TypeError, ValueError):
+        return []
+    if not len(t) or not len(t) == len(bits) == len(errors) == len(counts):
+        return []
+    images = f"{bound.get('num_images', '?')} held-out images"
+    total = np.cumsum(bits * counts)
+    most = f"most, {number(float(bits.max()))}, at t = {number(float(t[bits.argmax()]))}"
+    each = Curve(t, bits, np.maximum(bits - 2 * errors, bits / 10), bits + 2 * errors)
+    return [
+        Chart(
+            title="What the step at t costs",
+            unit="bits/dim",
+            x_title="timestep t",
+            x=rounded(t),
+            series=[series_of(each)],
+            said=f"Bits/dim of each step for {images}: {most}.",
+            x_log=bool(t.min() > 0),
+            y_log=bool(bits.min() > 0),
+            dots=True,
+            band="± 2 standard errors",
+        ),
+        Chart(
+            title="All steps up to t",
+            unit="bits/dim",
+            x_title="timestep t",
+            x=rounded(t),
+            series=[Series("", rounded(total))],
+            said=f"Bits/dim of all steps up to t for {images}: {number(float(total[-1]))} in the end.",
+            x_log=bool(t.min() > 0),
+            dots=True,
+        ),
+    ]
+
+
+def series_of(curve: Curve, label: str = "") -> Series:
+    """A curve's numbers."""
+    low, high = (None if edge is None else rounded(edge) for edge in (curve.low, curve.high))
+    return Series(label, rounded(curve.y), low, high)
+
+
+def summary(title: str, x: Row, y: Row, unit: str) -> str:
+    """A curve in a sentence: where it begins and ends, its extremes."""
+    there = ~np.isnan(y)
+    x, y = x[there], y[there]
+    unit = f" {unit}" if unit else ""
+
+    def at(i: int) -> str:
+        return f"{number(float(y[i]))}{unit} at step {number(float(x[i]))}"
+
+    return (
+        f"{title} over {number(len(x))} logged rows: {at(0)}, {at(-1)}; "
+        f"lowest {at(int(y.argmin()))}, highest {at(int(y.argmax()))}."
+    )
+
+
+def rounded(values: Row) -> list[Any]:
+    """As floats of six significant digits, which is finer than a screen and a third as long."""
+    return [significant(float(value)) for value in values]
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is one."""
+    return isinstance(value, int | float)
+
+
+def significant(value: float) -> float:
+    """Six significant digits."""
+    return float(f"{value:.6g}")
