@@ -60,7 +60,8 @@ LAYERS = {
         pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
         pipeline.denoising
         pipeline.reporting pipeline.reporting.thin pipeline.reporting.words pipeline.reporting.rows
-        pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.gather
+        pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.evaluations
+        pipeline.reporting.gather
         pipeline.reporting.tables pipeline.reporting.page
     """,
     "L3 programs": """

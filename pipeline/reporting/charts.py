@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -31,7 +29,7 @@ COLUMNS = {  # of metrics.jsonl → title, unit
     "kl_nats_per_element": ("KL, nats per element", ""),
     "replaced": ("Samples replaced", "so far"),
 }
-HIDDEN = ("position",)
+HIDDEN = ("position", "guidance_", "validation_loss", "bits_per_dim")  # the latter are those of evaluations.jsonl
 EVEN = ("learning_rate", "images_per_s", "data_wait_s", "data_wait_share", "coverage")  # begin on an even axis
 QUIET = ("replaced", "skipped", "truncated_captions")  # shown where there were any
 
@@ -73,7 +71,7 @@ class Chart:
 def training_charts(table: Table, marks: Sequence[tuple[float, str]] = (), first: Sequence[str] = ()) -> list[Chart]:
     """A chart for each column: `first` the ones named, then those known, then all others."""
     known = [name for name in dict.fromkeys((*first, *COLUMNS)) if name in table.columns]
-    others = [name for name in table.columns if name not in known and name not in HIDDEN]
+    others = [name for name in table.columns if name not in known and not name.startswith(HIDDEN)]
     return [
         chart
         for name in (*known, *others)
@@ -104,93 +102,10 @@ def column_chart(name: str, table: Table, marks: Sequence[tuple[float, str]]) ->
     )
 
 
-def evaluation_charts(evaluations: Iterable[Mapping[str, Any]]) -> list[Chart]:
-    """A chart for each score that was measured while training, a curve for each way it was measured.
-
-    Numbers against other references, of other averages, guidance, steps or counts never share a curve.
-    """
-    ways: dict[str, dict[str, Any]] = {}
-    found: dict[str, dict[str, dict[float, float]]] = {}  # score → way → step → value
-    for row in evaluations:
-        step, scores = row.get("step"), row.get("scores")
-        if not isinstance(step, int | float) or not isinstance(scores, dict):
-            continue
-        way = {
-            "ema": row.get("ema"),
-            "guidance": row.get("guidance_scale"),
-            "steps": row.get("num_inference_steps"),
-            "images": row.get("num_images"),
-            "references": row.get("references"),
-        }
-        key = json.dumps(way, sort_keys=True, default=str)
-        ways[key] = way
-        for name, value in scores.items():
-            if isinstance(value, int | float) and isfinite(value):
-                found.setdefault(str(name), {}).setdefault(key, {})[step] = float(value)
-    labels = dict(zip(ways, way_labels(list(ways.values())), strict=True))
-    order = {name: i for i, name in enumerate(SHOWN_FIRST)}
-    names = sorted(found, key=lambda name: (order.get(name.rpartition("/")[2], len(order)), name))
-    return [score_chart(name, found[name], labels) for name in names if not bookkeeping(name)]
-
-
-SHOWN_FIRST = ("frechet_distance", "kernel_distance", "class_accuracy", "precision", "recall", "density", "coverage")
-
-
 def bookkeeping(name: str) -> bool:
     """Whether a number says how a score was measured, not what it is."""
     last = name.rpartition("/")[2]
     return last.startswith("num_") or last.endswith(("_std", "_standard_error", "_threshold_levels"))
-
-
-def way_labels(ways: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells ways to measure apart, in words."""
-
-    def said(name: str, value: Any) -> str:
-        match name:
-            case "guidance":
-                return f"guidance {value:g}" if isinstance(value, int | float) else "no guidance"
-            case "steps":
-                return f"{value} steps"
-            case "images":
-                return f"{value:,} images" if isinstance(value, int) else f"{value} images"
-            case _:
-                return str(value)
-
-    def canonical(name: str, way: Mapping[str, Any]) -> str:
-        return json.dumps(way[name], sort_keys=True, default=str)
-
-    differing = [name for name in (ways[0] if ways else ()) if len({canonical(name, way) for way in ways}) > 1]
-    references = list(dict.fromkeys(canonical("references", way) for way in ways))
-    labels: list[str] = []
-    for way in ways:
-        parts = [said(name, way[name]) for name in differing if name != "references"]
-        if "references" in differing:  # their fingerprints are long: numbered
-            parts.append(f"references {1 + references.index(canonical('references', way))}")
-        labels.append(", ".join(parts))
-    return labels
-
-
-def score_chart(name: str, by_way: Mapping[str, Mapping[float, float]], labels: Mapping[str, str]) -> Chart:
-    """A score over the steps."""
-    score = score_of(name.rpartition("/")[2])
-    title = score.title if "/" not in name else f"{score.title} ({readable(name.rpartition('/')[0])})"
-    steps = sorted({step for values in by_way.values() for step in values})
-    series = [
-        Series(labels[way], [significant(values[step]) if step in values else None for step in steps])
-        for way, values in by_way.items()
-    ]
-    ends = [f"{labels[way] or title}: {score.write(values[max(values)])}" for way, values in by_way.items()]
-    said = f"{title} at {len(steps)} steps up to {number(steps[-1])}. Last: {'; '.join(ends)}."
-    return Chart(
-        title=title,
-        x_title="step",
-        x=steps,
-        series=series,
-        said=said,
-        better=score.better,
-        percent=score.percent,
-        dots=True,
-    )
 
 
 def sweep_charts(scores: Mapping[str, Any]) -> list[Chart]:

@@ -16,7 +16,8 @@ from markupsafe import Markup
 from pipeline import files, program
 from pipeline.denoising import DENOISING
 from pipeline.reporting import words
-from pipeline.reporting.charts import bound_charts, evaluation_charts, sweep_charts, training_charts
+from pipeline.reporting.charts import bound_charts, sweep_charts, training_charts
+from pipeline.reporting.evaluations import evaluation_charts
 from pipeline.reporting.gather import Gathered, gather
 from pipeline.reporting.images import Embedded, embed, evenly
 from pipeline.reporting.tables import figures, likelihood_rows, score_columns, score_rows, state_of, vae_rows

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.reporting import words
-from pipeline.reporting.charts import bookkeeping
+from pipeline.reporting.charts import OF_GUIDANCE, bookkeeping, is_number
 from pipeline.reporting.gather import Gathered, Json
 from pipeline.reporting.words import Score, score_of
 
@@ -67,15 +67,17 @@ def figures(found: Gathered) -> list[tuple[str, str, str]]:
             made.append(("Loss", words.number(float(losses[-1])), f"lowest {words.number(float(losses.min()))}"))
     for name in ("frechet_distance", "class_accuracy"):
         by_scale = {
-            key: v for key, v in found.scores.items() if key.startswith("guidance_") and key.endswith(f"/{name}")
+            match[1]: value
+            for key, value in found.scores.items()
+            if (match := OF_GUIDANCE.fullmatch(key)) and match[2] == name and is_number(value)
         }
         if by_scale:
             score = score_of(name)
-            key = (min if score.better == "down" else max)(by_scale, key=by_scale.__getitem__)
-            more = f"at guidance {key[9:].partition('/')[0]}"
-            if (real := found.scores.get(f"validation/{name}")) is not None:
+            scale = (min if score.better == "down" else max)(by_scale, key=by_scale.__getitem__)
+            more = f"at guidance {scale}"
+            if is_number(real := found.scores.get(f"validation/{name}")):
                 more += f"; real images {score.write(real)}"
-            made.append((score.title, score.write(by_scale[key]), more))
+            made.append((score.title, score.write(by_scale[scale]), more))
     return made
 
 
@@ -91,13 +93,19 @@ def score_rows(scores: Json) -> list[ScoreRow]:
     """The score table."""
     columns = [prefix for prefix, _ in score_columns(scores)]
     names = dict.fromkeys(name.partition("/")[2] for name in scores if name.partition("/")[0] in columns)
+
+    def written(prefix: str, name: str) -> str:
+        value, error = (scores.get(f"{prefix}/{key}") for key in (name, f"{name}_standard_error"))
+        return words.with_error(value, error) if is_number(value) and is_number(error) else score_of(name).write(value)
+
     return [
         ScoreRow(
             score_of(name),
-            [score_of(name).write(scores.get(f"{prefix}/{name}")) for prefix in columns],
+            [written(prefix, name) for prefix in columns],
             aside=bookkeeping(name) and name != "num_images",
         )
         for name in names
+        if not name.endswith("_standard_error")
     ]
 
 

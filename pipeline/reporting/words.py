@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,13 @@ class Score:
 
 SCORES = {
     "class_accuracy": Score("Class accuracy", "up", percent=True),
+    "accuracy": Score("Class accuracy", "up", percent=True),
     "frechet_distance": Score("Fréchet distance", "down"),
+    "frechet_distance_equal_n": Score("Fréchet distance, at equal numbers", "down"),
+    "fid": Score("Fréchet distance", "down"),
+    "fid_equal_n": Score("Fréchet distance, at equal numbers", "down"),
     "kernel_distance": Score("Kernel distance", "down"),
+    "kid": Score("Kernel distance", "down"),
     "inception_score": Score("Inception score", "up"),
     "clip_score": Score("CLIP score", "up"),
     "precision": Score("Precision", "up"),
@@ -49,13 +54,21 @@ SCORES = {
     "num_images": Score("Images"),
     "num_train_images": Score("Training images"),
     "num_images_equal_n": Score("Images, for equal numbers"),
+    "num_reference_images": Score("Reference images"),
     "bits_per_dim": Score("Bits per dimension", "down"),
+    "validation_loss": Score("Validation loss", "down"),
+    "validation_loss/mean": Score("Validation loss", "down"),
 }
 
 
 def score_of(name: str) -> Score:
-    """What is known of a score; of others their name, made readable."""
-    return SCORES.get(name) or Score(readable(name))
+    """What is known of a score, such as `precision` or `dinov2/precision`; of others their name, made readable."""
+    if known := SCORES.get(name):
+        return known
+    head, _, last = name.rpartition("/")
+    if head and (known := SCORES.get(last)):
+        return replace(known, title=f"{known.title} ({head})")
+    return Score(readable(name))
 
 
 def readable(name: str) -> str:
