@@ -3,7 +3,8 @@
 python benchmarks/report.py      (one thread; a minute)
 
 A metrics.jsonl of 1e6 rows with the columns that training writes, a spike among them, and a thousand evaluations of
-three scores, at two guidance scales each.  Made twice: the time is the second one's, by the clock.  KEEP=FILE keeps the page.
+three scores, at two guidance scales each.  Made twice: the time is the second one's, by the clock.
+With KEEP=FILE the page is kept there.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pipeline.reporting.thin import Curve, Row, thin
 from pipeline.reporting.words import number, readable, score_of
 
 Value = float | None
-OF_GUIDANCE = re.compile(r"guidance_([0-9.e+-]+)/(.+)")  # a score of images drawn at a guidance scale
+OF_GUIDANCE = re.compile(r"guidance_(\d[\d.]*(?:e[+-]\d+)?)/(.+)")  # a score of images drawn at a guidance scale
 LOG_SPAN = 8  # largest over smallest value from which on an axis of powers of ten begins as one
 COLUMNS = {  # of metrics.jsonl → title, unit
     "loss": ("Loss", ""),
@@ -110,12 +110,9 @@ def bookkeeping(name: str) -> bool:
 
 def sweep_charts(scores: Mapping[str, Any]) -> list[Chart]:
     """Scores over the guidance scales, beside those of real held-out images; none of one scale alone."""
-    scales = sorted(
-        float(name[9:].partition("/")[0]) for name in scores if name.startswith("guidance_") and "/" in name
-    )
-    scales = list(dict.fromkeys(scales))
+    split = [match.groups() for name in scores if (match := OF_GUIDANCE.fullmatch(name))]
+    scales, found = sorted({float(scale) for scale, _ in split}), dict.fromkeys(name for _, name in split)
     charts: list[Chart] = []
-    found = dict.fromkeys(name.partition("/")[2] for name in scores if name.startswith("guidance_"))
     for name in found:
         values = [scores.get(f"guidance_{scale:g}/{name}") for scale in scales]
         score = score_of(name)
