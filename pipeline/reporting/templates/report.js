@@ -102,7 +102,13 @@
         if (v !== null && v !== undefined) add(many ? line.label : "", many ? line.ink : null, value(chart, v));
       });
       const only = chart.series[0];
-      if (!many && only.low) add(`${value(chart, only.low[i])} to ${value(chart, only.high[i])}`);
+      if (!many && only.low) {
+        // Of all that lies under the pointer: there may be several values to a pixel.
+        const here = (k) => k in chart.x && Math.abs(u.valToPos(chart.x[k], "x") - u.valToPos(x, "x")) < 1;
+        const near = [-3, -2, -1, 0, 1, 2, 3].map((d) => i + d).filter(here);
+        const low = Math.min(...near.map((k) => only.low[k])), high = Math.max(...near.map((k) => only.high[k]));
+        add(`${value(chart, low)} to ${value(chart, high)}`);
+      }
       for (const [at, what] of chart.marks) {
         if (Math.abs(u.valToPos(at, "x") - u.valToPos(x, "x")) < 4) add(`${what} at ${written(at)}`);
       }
