@@ -196,7 +196,7 @@ def test_a_chart_tells_its_values_and_changes_its_axis(visit: Any) -> None:
     for aside in range(-4, 5):  # pixels: a mean lies in the middle of what it stands for
         tab.mouse.move(over["x"] + over["width"] * SPIKE_STEP / NUM_ROWS + aside, over["y"] + over["height"] / 2)
         told.append(loss.locator(".readout").inner_text())
-    assert any(f"to {SPIKE:.1f}" in each for each in told), told
+    assert any(f"to {SPIKE:g}" in each for each in told), told
     assert any(f"spike at {SPIKE_STEP:,}" in each for each in told), told
     before = loss.locator("canvas").evaluate("canvas => canvas.toDataURL()")
     log.click()
