@@ -15,14 +15,18 @@ from diffusers import AutoencoderKL, ModelMixin
 from torch.nn import Module
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from pipeline.config import Config, TextModelConfig
+from pipeline.config import Config, TextModelConfig, UnetConfig
 from pipeline.data.index import ShardSet
 from pipeline.data.order import check_ranks
 from pipeline.data.store import is_url
 from pipeline.errors import UsageError, blame
 from pipeline.planning.work import Shape, largest_block, num_parameters
 from pipeline.pretrained import resolved
+from pipeline.provenance import open_latent_sets
+from pipeline.run_folder import TRAINING, check_same
 from vae.model import build as build_autoencoder
+from vae.model import encoder_sha256
+from vae.model import load as load_autoencoder
 from vae.pretrained import HUB_ID
 from vae.single_file import is_single_file
 
@@ -77,7 +81,11 @@ def look(config: Config, num_ranks: int) -> Found:
         num_unet, num_block = num_parameters(shape.build), largest_block(shape)
     except (ValueError, TypeError) as error:
         raise UsageError(f"unet: {str(error).partition(chr(10))[0]}") from error
+    before = len(failures)
     with_shards = _shards(config, notes, failures)
+    if len(failures) == before:
+        _provenance(config, pooled is not None, failures)
+    _run_folder(config, unet, failures)
     failures += of_batch(config, num_ranks)
     if config.data.train_latents is None:
         notes.append("data.train_latents: null; the autoencoder runs in each step, its operations are not counted")
@@ -141,6 +149,29 @@ def _shard_set(key: str, folder: str, notes: list[str], failures: list[str]) -> 
         failures.append(f"{key}: {folder} holds no sample")
         return None
     return len(shards), sum(Path(shards.path(shard)).stat().st_size for shard in range(len(shards.names)))
+
+
+def _provenance(config: Config, image_sizes: bool, failures: list[str]) -> None:
+    """Whether latents in folders are of the autoencoder in a folder; embeddings of captions are left to the run."""
+    folders = config.data.train_latents
+    if not folders or any(map(is_url, folders)) or not _config_json(Path(config.vae.path).expanduser(), "vae"):
+        return
+    try:
+        with blame("vae.path"):
+            sha256 = encoder_sha256(load_autoencoder(config.vae.path))
+        open_latent_sets(config, sha256, text_encoder_sha256=None, image_sizes=image_sizes)
+    except UsageError as error:
+        failures.append(str(error))
+
+
+def _run_folder(config: Config, unet: UnetConfig, failures: list[str]) -> None:
+    """Whether the run's folder has checkpoints of another config."""
+    folder = Path(config.run_dir)
+    if any((folder / "checkpoints").glob("step-*")):
+        try:
+            check_same(folder, config.model_copy(update={"unet": unet}), TRAINING)
+        except UsageError as error:
+            failures.append(str(error))
 
 
 def _autoencoder(config: Config, notes: list[str], failures: list[str]) -> tuple[int, int, int | None]:

@@ -85,3 +85,17 @@ def test_a_world_that_is_there_passes(world: World, tmp_path: Path, capsys: pyte
     code, _, errors = said(capsys, str(world.config), "--gpus", "2", f"data.train_latents={folder}")
     assert code == 2 and len(errors) == 1
     assert errors[0].startswith("error: data.train_latents: ") and "not indexed; run: python -m pipeline" in errors[0]
+
+
+def test_what_a_run_would_refuse_is_found_before(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Latents of another autoencoder, labels that there are too few classes for, a run of another config."""
+    config = str(world.config)
+    code, _, errors = said(capsys, config, "conditioning.num_classes=5")
+    assert code == 2 and len(errors) == 1 and "class id 9 came, 0 to 4 was wanted" in errors[0]
+    assert world.do("train_vae", f"vae.run_dir={world.root / 'other'}", "seed=8") == [0], world.said()
+    code, _, errors = said(capsys, config, f"vae.path={world.root / 'other' / 'autoencoder'}")
+    assert code == 2 and len(errors) == 1 and "these latents were made by the encoder" in errors[0]
+    assert world.do("train", "train.steps=2") == [0], world.said()
+    assert said(capsys, config)[0] == 0
+    code, _, errors = said(capsys, config, "seed=4")
+    assert code == 2 and len(errors) == 1 and "belongs to another config: seed was 3, now 4" in errors[0]

@@ -58,11 +58,10 @@ LAYERS = {
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
         pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
-        pipeline.denoising
+        pipeline.provenance pipeline.denoising
         pipeline.reporting pipeline.reporting.thin pipeline.reporting.words pipeline.reporting.rows
         pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.evaluations
-        pipeline.reporting.gather
-        pipeline.reporting.tables pipeline.reporting.page
+        pipeline.reporting.gather pipeline.reporting.tables pipeline.reporting.page
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
