@@ -263,6 +263,13 @@ def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "warning: " in capsys.readouterr().err
 
 
+def test_a_report_that_fails_is_a_warning(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html" / "in the way").mkdir(parents=True)
+    keep_report(run)
+    assert f"warning: {run}/report.html could not be made: " in capsys.readouterr().err
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "report.html"]
+
+
 def test_training_and_evaluate_leave_a_report(world: World) -> None:
     assert world.do("train", "evaluation.every_steps=4") == [0], world.said()
     first = Page((world.run_dir / "report.html").read_text(encoding="utf-8"))
