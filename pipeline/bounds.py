@@ -214,11 +214,14 @@ def likelihood_scores(
 
 
 def draw_terms(path: Path, bound: Bound) -> None:
-    """The picture of the bound's steps: each column's mean over the images, with its standard error."""
+    """The bound's steps as a picture and, in JSON beside it, as numbers: means over the images, standard errors."""
     bits = bound.terms_bits[:, 1:].cpu().numpy()  # [N,K], of t ≥ 1
     errors = bits.std(axis=0, ddof=1) / math.sqrt(len(bits))
     t, counts = (each.double().mean(dim=0)[1:].cpu().numpy() for each in bound.chosen)
     l_0, l_T = (float(nats.mean()) / math.log(2) for nats in (bound.distortion, bound.prior))
     title = f"The bound's steps: {len(bits)} images; beside them L_0 = {l_0:.3f} and L_T = {l_T:.4f} bits/dim"
+    columns = {"t": t, "bits": bits.mean(axis=0), "errors": errors, "counts": counts}
     with files.whole(path) as aside:
-        bound_plot(aside, t, bits.mean(axis=0), errors, counts, title=title)
+        bound_plot(aside, **columns, title=title)
+    said = {"num_images": len(bits), "l_0": l_0, "l_T": l_T, **{name: row.tolist() for name, row in columns.items()}}
+    files.write_json(path.with_suffix(".json"), said)

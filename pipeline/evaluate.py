@@ -32,6 +32,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import evenly, read_told
 from pipeline.data.images import to_unit
 from pipeline.data.index import ShardSet
+from pipeline.denoising import DENOISING, ROWS, save_denoising
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.metrics.classifier import ImageClassifier
@@ -40,6 +41,7 @@ from pipeline.metrics.pictures import neighbours_picture
 from pipeline.metrics.scores import image_scores
 from pipeline.model_card import note_scores
 from pipeline.real_images import read_sets
+from pipeline.reporting.page import keep_report
 from pipeline.run_folder import check_same
 from pipeline.sampler import PASSPORT, Asked
 from vae.metrics import psnr, reconstruct
@@ -72,6 +74,9 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
         scores = score_all(config, pipe, asked, drawn)
         files.write_json(run / "scores.json", scores)
         note_scores(run / "export", scores)
+        rows = sampler.rows_of(config, ROWS)
+        save_denoising(run / "evaluation" / DENOISING, pipe, rows, config, title=f"checkpoint {scores['checkpoint']}")
+        keep_report(run)
         show(scores, config, run)
 
     engine.main_does(score)

@@ -41,6 +41,7 @@ from pipeline.data.pieces import (
     Sizes,
 )
 from pipeline.denoiser import objective_of
+from pipeline.denoising import DENOISING, save_denoising
 from pipeline.ema import profiles
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
@@ -48,6 +49,7 @@ from pipeline.metrics.pictures import labelled_grid
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.pretrained import open_pretrained, resolved
 from pipeline.provenance import open_latent_sets
+from pipeline.reporting.page import keep_report
 from pipeline.run_folder import TRAINING, claim, write_status
 from pipeline.sampler import Asked
 from pipeline.text import TextEncoders, Tokenizers, learn_tokenizer, open_text
@@ -216,10 +218,13 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 if preview is not None:
                     pipe.register_modules(vae=preview)
                 save_picture(run, step, config, pipe.to(engine.device), rows)
+                save_denoising(run / "evaluation" / DENOISING, pipe, rows, config, title=f"step {step}")
+                keep_report(run)
                 if text is not None and conditioning.is_cached:
                     text.to(torch.device("cpu"))
     engine.main_does(lambda: write_status(run, "done", step=config.train.steps))
     if engine.is_main:
+        keep_report(run)
         program.say(f"trained {config.train.steps} steps; the checkpoints are in {run / 'checkpoints'}")
 
 

@@ -50,19 +50,23 @@ LAYERS = {
     "L2 running": """
         pipeline.strategies pipeline.strategies.choice pipeline.strategies.wrapped pipeline.strategies.precision
         pipeline.strategies.masters pipeline.strategies.ddp pipeline.strategies.zero pipeline.strategies.fsdp2
-        pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
+        pipeline.environment pipeline.engine pipeline.checkpoint
+        pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
         pipeline.training pipeline.health pipeline.sampler pipeline.bounds pipeline.model_card
         pipeline.asking pipeline.image_files pipeline.drawing
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
         pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
-        pipeline.provenance
+        pipeline.provenance pipeline.denoising
+        pipeline.reporting pipeline.reporting.thin pipeline.reporting.words pipeline.reporting.rows
+        pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.evaluations
+        pipeline.reporting.gather pipeline.reporting.tables pipeline.reporting.page
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
-        pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.schema
-        pipeline.check pipeline.__main__
+        pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.report
+        pipeline.schema pipeline.check pipeline.__main__
     """,
 }
 # These may import only what begins with one of the names given: they can be read, tested and copied alone.
