@@ -32,7 +32,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import evenly, read_told
 from pipeline.data.images import to_unit
 from pipeline.data.index import ShardSet
-from pipeline.denoising import DENOISING, ROWS, save_denoising
+from pipeline.denoising_strip import DENOISING, ROWS, save_denoising
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.metrics.classifier import ImageClassifier

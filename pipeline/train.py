@@ -41,7 +41,7 @@ from pipeline.data.pieces import (
     Sizes,
 )
 from pipeline.denoiser import objective_of
-from pipeline.denoising import DENOISING, save_denoising
+from pipeline.denoising_strip import DENOISING, save_denoising
 from pipeline.ema import profiles
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame

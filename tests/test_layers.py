@@ -58,7 +58,7 @@ LAYERS = {
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
         pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
-        pipeline.provenance pipeline.denoising
+        pipeline.provenance pipeline.denoising_strip
         pipeline.reporting pipeline.reporting.thin pipeline.reporting.words pipeline.reporting.rows
         pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.evaluations
         pipeline.reporting.gather pipeline.reporting.tables pipeline.reporting.page

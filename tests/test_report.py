@@ -106,6 +106,22 @@ def rows_of(count: int, **columns: Any) -> list[dict[str, Any]]:
 # The whole page -----------------------------------------------------------------------------------
 
 
+def test_every_picture_of_a_run_and_its_autoencoder_is_shown(run: Path) -> None:
+    places = {
+        "samples/step-000000008.png": "samples after 8 steps",
+        "samples/grid.png": "images drawn from the export",
+        "evaluation/denoising.png": "latents and predictions along one sampling",
+        "evaluation/bound.png": "the bound's steps",
+        "evaluation/nearest-guidance_2.png": "drawn images beside their nearest training images, guidance 2",
+        "../vae/measured/reconstructions.png": "images, what the autoencoder gives back, and the difference",
+        "../vae/measured/interpolations.png": "lines between pairs of images, in latents and in pixels",
+    }
+    for place in places:
+        write_picture(run / place)
+    (run.parent / "vae" / "measured" / "scores.json").write_text(json.dumps({"reconstruction/psnr_db": 30.0}))
+    assert {picture["alt"] for picture in page_of(run).attributes("img")} == set(places.values())
+
+
 def test_a_run_that_has_only_begun_says_what_is_missing_and_why(run: Path) -> None:
     page = page_of(run)
     for why in (

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline import files, program
-from pipeline.denoising import DENOISING
+from pipeline.denoising_strip import DENOISING
 from pipeline.reporting import words
 from pipeline.reporting.charts import bound_charts, sweep_charts, training_charts
 from pipeline.reporting.evaluations import evaluation_charts
@@ -132,11 +132,8 @@ def pictures(found: Gathered) -> dict[str, list[tuple[str, Embedded]]]:
         "neighbours": those([(title, path) for path, title in said.items()]),
         "vae": those(
             [
-                (
-                    "images, what the autoencoder gives back, and the difference",
-                    vae / "measured" / "reconstructions.png",
-                ),
-                ("lines between pairs of images, in latents and in pixels", vae / "measured" / "interpolations.png"),
+                ("images, what the autoencoder gives back, and the difference", vae / "reconstructions.png"),
+                ("lines between pairs of images, in latents and in pixels", vae / "interpolations.png"),
             ]
             if vae
             else []
