@@ -70,6 +70,14 @@ class Told(NamedTuple):
         return given
 
 
+class Asked(NamedTuple):
+    """Arguments of the networks beside z_t and t, the same in every step."""
+
+    c: dict[str, Any]  # for the condition
+    u: dict[str, Any]  # for what takes the null condition's place, or the guide's for the condition
+    both: dict[str, Any]  # of the U-Net for [u, c] together
+
+
 def null_class(unet: UNet) -> int | None:
     """The label that means "no class": the last row of the class embedding.  None in a U-Net without classes."""
     rows = unet.config["num_class_embeds"] or unet.config["encoder_hid_dim"]
@@ -278,9 +286,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: Label | Iterable[Label] | None = None,
         prompt: str | Sequence[str] | None = None,
         count: int | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> Told:
         """Classes, prompts or both, as the U-Net is told them; one of a kind serves for all `count` images.
 
+        `device`: where the networks compute, for who knows it: diffusers walks through all their modules to say it.
         What the model knows and isn't given is its null condition: the null class, the text "".  Raises ValueError.
         """
         ids = None if class_labels is None else self.label_ids(class_labels)
@@ -298,7 +309,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 + (f" for {count} images" if count else "")
                 + "; as many of each, or one for all, were wanted"
             )
-        num_images, device = max(counts, default=1), self._execution_device
+        num_images, device = max(counts, default=1), device or self._execution_device
         told = Told()
         if self.num_classes:
             told = Told(torch.tensor(ids or [self.num_classes], device=device).expand(num_images))
@@ -385,11 +396,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generators = self._generators(seeds, generator, count)
         device = self._execution_device
         noise = self._noise(latents, generators, count).to(device, torch.float32)  # [B,C,h,w]
-        c = self.tell(labels, prompts, count)
+        c = self.tell(labels, prompts, count, device=device)
         try:
-            u = c if guide is not None else self.tell(negative_label, negative_prompt, count)
+            u = c if guide is not None else self.tell(negative_label, negative_prompt, count, device=device)
         except ValueError as error:
             raise ValueError(f"negative_label, negative_prompt: {error}") from None
+
+        # Once: to know a network's dtype diffusers walks through all its weights.
+        dtype, other = self.unet.dtype, self.unet if guide is None else guide
+        asked = Asked(
+            c.arguments(self.unet.config, dtype),
+            u.arguments(other.config, dtype if guide is None else guide.dtype),
+            u.beside(c).arguments(self.unet.config, dtype),
+        )
+        takes_variance = self._takes_variance
 
         z_t, first = self._start(noise, x, STRENGTH if strength is None else strength, num_inference_steps)
         extra = self._step_arguments(generators, eta)
@@ -399,7 +419,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps[first:], first):
                 w = guidance_scale if start <= i / len(timesteps) < end else 1.0
                 z_in = self.scheduler.scale_model_input(z_t, t) if hasattr(self.scheduler, "scale_model_input") else z_t
-                prediction = self._guided(z_in, t, c, u, w=w, rescale=guidance_rescale, guide=guide)
+                prediction, variance = self._guided(z_in, t, asked, w=w, rescale=guidance_rescale, guide=guide)
+                if takes_variance:
+                    prediction = torch.cat([prediction, variance], dim=1)
                 z_t = self.scheduler.step(prediction, t, z_t, **extra).prev_sample
                 if callback_on_step_end is not None:
                     z_t = callback_on_step_end(self, i - first, t.item(), {"latents": z_t}).get("latents", z_t)
@@ -410,31 +432,29 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _guided(
-        self, z: Tensor, t: Tensor, told: Told, others: Told, *, w: float, rescale: float, guide: UNet | None
-    ) -> Tensor:
+        self, z: Tensor, t: Tensor, asked: Asked, *, w: float, rescale: float, guide: UNet | None
+    ) -> tuple[Tensor, Tensor]:
         """u + w (c - u), Ho & Salimans 2022 eq. 6 with w = 1 + their w.  One half alone where the other has no part.
 
-        u is the U-Net's for `others`, or the guide's.  A learned variance is not guided: it is c's (at w = 0, u's),
-        and goes on only to a scheduler that has a use for it.
+        u is the U-Net's for other conditions, or the guide's.  A learned variance is not guided: it is c's (at w = 0,
+        u's), and of use to few schedulers.
         """
         if w == 1:
-            guided, variance = self._predict(self.unet, z, t, told)
-        elif w == 0:
-            guided, variance = self._predict(self.unet if guide is None else guide, z, t, others)
-        else:
-            if guide is None:
-                both, variances = self._predict(self.unet, torch.cat([z, z]), t, others.beside(told))
-                u, c = both.chunk(2)
-                variance = variances.chunk(2)[1]
-            else:  # Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself") eq. 4
-                u, _ = self._predict(guide, z, t, others)
-                c, variance = self._predict(self.unet, z, t, told)
-            guided = rescaled(u + w * (c - u), c, rescale)
-        return torch.cat([guided, variance], dim=1) if self._takes_variance else guided
+            return self._predict(self.unet, z, t, asked.c)
+        if w == 0:
+            return self._predict(self.unet if guide is None else guide, z, t, asked.u)
+        if guide is None:
+            both, variances = self._predict(self.unet, torch.cat([z, z]), t, asked.both)
+            u, c = both.chunk(2)
+            variance = variances.chunk(2)[1]
+        else:  # Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself") eq. 4
+            u, _ = self._predict(guide, z, t, asked.u)
+            c, variance = self._predict(self.unet, z, t, asked.c)
+        return rescaled(u + w * (c - u), c, rescale), variance
 
-    def _predict(self, unet: UNet, z: Tensor, t: Tensor, told: Told) -> tuple[Tensor, Tensor]:
+    def _predict(self, unet: UNet, z: Tensor, t: Tensor, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The prediction [B,C,h,w], and the learned variance's channels: as many, or none.  fp32, as z is."""
-        output = unet(z.to(unet.dtype), t, **told.arguments(unet.config, unet.dtype)).sample.to(z.dtype)
+        output = unet(z.to(told["encoder_hidden_states"].dtype), t, **told).sample.to(z.dtype)
         channels = z.shape[1]
         return output[:, :channels], output[:, channels:]
 

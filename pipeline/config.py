@@ -528,6 +528,36 @@ class EngineConfig(Section):
         "third more time.",
         json_schema_extra=FREE,
     )
+    compile: bool = Field(
+        default=False,
+        description="Translate the networks' levels with torch.compile, which takes minutes at the start; rounds "
+        "differently. Not with zero3.",
+        json_schema_extra=FREE,
+    )
+    channels_last: bool = Field(
+        default=False,
+        description="Let channels lie next to each other in memory, as convolutions in bf16 and fp16 want them on "
+        "GPUs; rounds differently.",
+        json_schema_extra=FREE,
+    )
+    attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math", "xformers"] = Field(
+        default="auto",
+        description="The attention kernel that is tried first; what it can't do, others do. auto: torch's choice; "
+        "cudnn, flash, efficient, math: torch's own; flash3: FlashAttention-3, where it is installed; xformers "
+        "likewise. On a CPU: auto, flash, math.",
+        json_schema_extra=FREE,
+    )
+
+    @property
+    def arithmetic(self) -> str:
+        """What rounds as it does: the precision, and what else changes the order of sums."""
+        return self.precision + " channels_last" * self.channels_last + " compiled" * self.compile
+
+    @model_validator(mode="after")
+    def _kernels_can_be_compiled(self) -> Self:
+        if self.compile and self.attention == "xformers":
+            raise ValueError("compile: true with attention: xformers came; torch's own kernels compile, such as flash")
+        return self
 
 
 class EmaConfig(Section):
@@ -612,6 +642,9 @@ class EvaluationConfig(Section):
         description="Real images at most that samples are compared with, evenly spaced over the set.",
     )
     batch_images: int = Field(default=100, gt=0, description="Images per sampler call.")
+    decode_slices: bool = Field(
+        default=False, description="sample: decode images one by one, which takes the memory of one."
+    )
     likelihood: LikelihoodConfig = LikelihoodConfig()
 
 

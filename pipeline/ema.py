@@ -108,7 +108,7 @@ class Ema:
 
         θ̄ ← θ̄ + (1 - β) (θ - θ̄)
         """
-        now = [weight.detach() for weight in weights]
+        now = list(weights)
         if not now:  # a rank may have no part of a small model
             return
         for profile in self.profiles:

@@ -116,6 +116,7 @@ def encode(config: Config, args: argparse.Namespace) -> None:
 
     # the shards
     Module.to(vae, engine.device)
+    engine.quicken(vae, vae.encoder)
     if text is not None:
         text.to(engine.device)
     began = time.monotonic()
@@ -177,14 +178,15 @@ def open_sets(config: Config, engine: Engine, vae: AutoencoderKL, text: TextEnco
             image_size=data.image_size,
             crop=latents.crop_name(num_crops),
             flip=flip,
-            precision=config.engine.precision,
+            precision=config.engine.arithmetic,
             batch_images=data.encode_batch_images,
             source_fingerprint=shards.fingerprint,
             text_encoder_sha256=text_sha256,
             image_sizes=told_sizes,
             tile_pixels=tile_of(data.image_size, config.vae.tile_pixels),
         )
-        encoder = Encoder(engine, vae, text, data.image_size, num_crops, flip, told_sizes)
+        fill_to = data.encode_batch_images if config.engine.compile else None
+        encoder = Encoder(engine, vae, text, data.image_size, num_crops, flip, told_sizes, fill_to)
         latent_set = LatentSet(Path(out), shards, origin, encoder.parts)
         with blame(f"data.{kind}_latents"):
             latent_set.check()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.data import images, latents
 from pipeline.data.pieces import caption, class_label, image_part
@@ -47,6 +48,7 @@ class Encoder:
     num_crops: int  # squares of each image
     flip: bool  # encode each square mirrored, too
     sizes: bool  # note the size of each image
+    fill_to: int | None = None  # images of every VAE call, the last one repeated: what is compiled is of one shape
 
     @property
     def parts(self) -> list[str]:
@@ -83,8 +85,7 @@ class Encoder:
             x = torch.from_numpy(images.to_unit(np.stack([sample.squares[crop] for sample in batch])))
             x = x.to(self.engine.device)  # [B,3,H,W]
             for flipped in (False, True) if self.flip else (False,):
-                with torch.no_grad(), self.engine.autocast():
-                    moments = encode_moments(self.vae, x.flip(3) if flipped else x).float().cpu()  # [B,2C,h,w]
+                moments = self._moments(x.flip(3) if flipped else x)  # [B,2C,h,w]
                 _add(found, batch, latents.view_part(crop, flipped), moments.numpy(), latents.moments_to_bytes)
                 statistics.update(moments)
         if self.text:
@@ -96,6 +97,14 @@ class Encoder:
                 height, width = sample.size
                 parts[latents.SIZE_PART] = json.dumps({"height": height, "width": width}).encode()
         return found
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """x [B,3,H,W] → [B,2C,h,w], fp32 on the CPU."""
+        count = len(x)
+        if self.fill_to is not None:
+            x = torch.cat([x, x[-1:].expand(self.fill_to - count, -1, -1, -1)])
+        with torch.no_grad(), self.engine.autocast():
+            return encode_moments(self.vae, x)[:count].float().cpu()
 
     def num_truncated(self, batch: Sequence[Ready]) -> int:
         """How many captions are longer than the text encoder reads."""

@@ -6,18 +6,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.nn import Module
 
+from pipeline.attention import preferred, use_xformers
 from pipeline.config import EngineConfig
 from pipeline.errors import RunError, UsageError
 from pipeline.strategies.choice import Strategy, choose
 from pipeline.strategies.precision import Precision, autocast
+from pipeline.strategies.regions import check_compiler, compile_regions
+from pipeline.transfer import Transfer
 
 CommonError = TypeVar("CommonError", bound=Exception)
 ERRORS = {kind.__name__: kind for kind in (UsageError, RunError)}
@@ -26,15 +30,12 @@ ERRORS = {kind.__name__: kind for kind in (UsageError, RunError)}
 class Summed:
     """Numbers that are being summed over all ranks; nobody waits for them before they are read."""
 
-    def __init__(self, names: Sequence[str], total: Tensor, work: dist.Work | None) -> None:
-        self._names, self._total, self._work = tuple(names), total, work
+    def __init__(self, names: Sequence[str], total: Callable[[], Tensor]) -> None:
+        self._names, self._total = tuple(names), total
 
     def read(self) -> dict[str, float]:
         """Wait for them; the same on every rank."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return dict(zip(self._names, self._total.tolist(), strict=True))
+        return dict(zip(self._names, self._total().tolist(), strict=True))
 
 
 class Engine:
@@ -42,6 +43,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         """Join the ranks.  Raises UsageError where another number of them is there than was asked for."""
+        self.config = config
         self.strategy: Strategy = choose(config, os.environ)
         self.precision: Precision = config.precision
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -50,6 +52,11 @@ class Engine:
         self.num_ranks: int = self._ranks.num_processes
         self.is_main: bool = self._ranks.is_main_process
         self.device = torch.device(self._ranks.device or "cpu")
+        self.transfer = Transfer(self.device)
+        if config.compile:
+            check_compiler(self.device)
+        self._entered = ExitStack()  # for as long as the process lives
+        self._entered.enter_context(preferred(config.attention, self.device))
         asked = config.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
         if self.num_ranks != asked:
             raise UsageError(
@@ -57,13 +64,21 @@ class Engine:
                 f"accelerate launch --num_processes {asked} (and without --cpu: it makes separate runs of one rank)"
             )
 
+    def quicken(self, model: Any, part: Module | None = None) -> None:
+        """Have a frozen network of diffusers, on its device, compute as the config asks: it rounds differently.
+
+        `part`: of it, that will run; None: all of it.
+        """
+        if self.config.channels_last:
+            Module.to(model, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.config.attention == "xformers":
+            use_xformers(model)
+        if self.config.compile:
+            compile_regions(part or model)
+
     def autocast(self) -> AbstractContextManager[object]:
         """What a frozen network computes in: the run's precision, over fp32 weights."""
         return autocast(self.precision, self.device.type)
-
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Move a batch.  float64 draws stay on the CPU: they become timesteps there."""
-        return {k: v if v.dtype == torch.float64 else v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def sum_later(self, values: Mapping[str, Tensor | float]) -> Summed:
         """Begin to sum scalars over the ranks, the same names in the same order on each.
@@ -79,7 +94,7 @@ class Engine:
             ]
         )
         work = dist.all_reduce(total, async_op=True) if self.num_ranks > 1 else None
-        return Summed([*on_host, *on_device], total, work)
+        return Summed([*on_host, *on_device], self.transfer.to_host(total, work))
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, on each of them; the host does not wait on a GPU."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from pipeline.config import Config
 from pipeline.data.quarantine import BadSample, Count, Quarantine
 from pipeline.engine import Engine, Summed
 from pipeline.errors import RunError
+from pipeline.pace import Pace, Work
 from pipeline.stopping import REASONS
 from pipeline.tracking import Tracker
 
@@ -58,13 +58,15 @@ class Journal:
         images_per_step: int,
         total_steps: int,
         shown: Sequence[str] = (),
+        work: Work | None = None,
     ) -> None:
-        """`name`: of what trains, for the bar; `shown`: parts of the loss that it tells."""
+        """`name`: of what trains, for the bar; `shown`: parts of the loss that it tells; `work`: see Pace."""
         self.engine, self.run, self.config = engine, run, config
         self.images, self.total_steps = images_per_step, total_steps
         self.losses: deque[float] = deque(maxlen=config.train.spike_window_steps)
         self.spike: Spike | None = None
         self.shown = tuple(shown)
+        self.pace = Pace(engine.device, images_per_step=images_per_step, num_ranks=engine.num_ranks, work=work)
         self.newest: dict[str, float] = {}  # figures of the newest step that was read
         self.save_failed = False
         self.stop_code = 0  # place in REASONS, from 1, of why any rank was asked to stop
@@ -73,6 +75,7 @@ class Journal:
             desc=f"train {name}",
             unit=" images",
             dynamic_ncols=True,
+            mininterval=0.5,  # seconds: drawing it takes as long as an average's update of a small network
             disable=not engine.is_main,
         )
         self.tracker: Tracker | None = None
@@ -88,7 +91,7 @@ class Journal:
         self.bar.n = self.bar.initial = step * self.images
         self.spike = None
         self.losses.clear()
-        self.since, self.step_since = time.monotonic(), step
+        self.pace.begin()
 
     def close(self) -> None:
         """Flush what was written."""
@@ -128,7 +131,8 @@ class Journal:
         # Of an autoencoder its reconstruction: what its adversary adds may be below 0.
         self._look_for_a_spike(taken.step, found.get("reconstruction", found["loss"]))
         self.bar.update(self.images)
-        shown = {"step": taken.step, "loss": f"{found['loss']:.4f}"}
+        self.pace.step()
+        shown = {"step": taken.step, "loss": f"{found['loss']:.4f}", "data wait": f"{self.pace.wait_share:.1%}"}
         shown |= {name.rpartition("/")[2]: f"{found[name]:.3g}" for name in self.shown if name in found}
         if self.quarantine.count.total:
             shown["replaced"] = self.quarantine.count.total
@@ -142,7 +146,6 @@ class Journal:
             self.tracker.write({"step": step, **figures})
 
     def _write(self, taken: Taken, found: dict[str, float]) -> None:
-        now = time.monotonic()
         row = {"step": taken.step, "position": taken.position + self.images, "loss": found["loss"]}
         row |= {name: value for name, value in found.items() if name not in NO_PARTS and not _is_norm(name)}
         row |= {"learning_rate": taken.learning_rate}
@@ -150,8 +153,7 @@ class Journal:
         row |= {name: value for name, value in found.items() if _is_norm(name) and isfinite(value)}
         row |= {"replaced": self.quarantine.count.total}
         assert self.tracker is not None  # `begin` came before
-        self.tracker.write(row | {"images_per_s": (taken.step - self.step_since) * self.images / (now - self.since)})
-        self.since, self.step_since = now, taken.step
+        self.tracker.write(row | self.pace.figures())
 
     def _look_for_a_spike(self, step: int, loss: float) -> None:
         factor = self.config.train.spike_factor

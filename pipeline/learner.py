@@ -63,6 +63,8 @@ class Learner:
             device=engine.device,
             rule=rule,
             offload_optimizer=config.offload_optimizer,
+            compiled=config.compile,
+            channels_last=config.channels_last,
         )
         self.ema = Ema(self.wrapped.weights(), profiles)
 

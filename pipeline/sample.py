@@ -84,6 +84,10 @@ def sample(config: Config, args: argparse.Namespace) -> None:
     rows = image_files.rows_of(images, pipe.config["class_names"], said_of_all(how, pipe, export))
 
     try_out(pipe, images[0], how)
+    engine.quicken(pipe.unet)
+    engine.quicken(pipe.vae, pipe.vae.decoder)
+    if config.evaluation.decode_slices:
+        pipe.vae.enable_slicing()
 
     out: Path = args.out or Path(config.run_dir) / "samples" / "grid.png"
     folder: Path = args.files or out.with_name(f".{out.name}.images")  # a grid is put together from files too

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pipeline import files, program, sampler
+from pipeline.attention import use_xformers
 from pipeline.autoencoder import refuse_misfit
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.conditioning import Conditioning, Joint
@@ -41,12 +42,15 @@ from pipeline.data.pieces import (
     Sizes,
 )
 from pipeline.denoiser import objective_of
+from pipeline.denoising import DenoisingLoss
 from pipeline.denoising_strip import DENOISING, save_denoising
 from pipeline.ema import profiles
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.metrics.pictures import labelled_grid
 from pipeline.optim import UpdateRule, learning_rate_at
+from pipeline.pace import Work
+from pipeline.planning.work import Shape, count_operations
 from pipeline.pretrained import open_pretrained, resolved
 from pipeline.provenance import open_latent_sets
 from pipeline.reporting.page import keep_report
@@ -56,7 +60,7 @@ from pipeline.text import TextEncoders, Tokenizers, learn_tokenizer, open_text
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
 from vae.model import encoder_sha256, load
-from vae.moments import LatentScale, downsampling_factor, encode_moments, published_scale, sample_posterior
+from vae.moments import LatentScale, downsampling_factor, encode_moments, published_scale
 from vae.preview import load_preview
 from vae.tiles import in_tiles, tile_of
 
@@ -148,8 +152,18 @@ def train(config: Config, args: argparse.Namespace) -> None:
             pooled_width=text.pooled_width if text else None,
             start=start,
         )
+    shape = Shape(
+        config.unet,
+        condition,
+        latent_shape,
+        text.words.num_tokens if text else 1,
+        learned_variance=config.diffusion.variance_type == "learned_range",
+        pooled_width=text.pooled_width if text else None,
+    )
     started_from = start.record if start else None
     del start  # its weights, when the network's own have gone to the device
+    if config.engine.attention == "xformers":
+        use_xformers(unet)
     if config.engine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     conditioning = Conditioning(condition, text, unet.config)
@@ -189,21 +203,10 @@ def train(config: Config, args: argparse.Namespace) -> None:
             "started_from": started_from,
             "text": text.description(conditioning.learns) if text else None,
         },
+        work=Work.on(engine.device, config.engine.precision, count_operations(shape, checkpointing=False).training),
     )
 
-    def loss_of(model: Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Algorithm 1: z_0 ~ q(z|x), a time and eps by draw; the gradient of the objective at what the network says."""
-        moments = batch["moments"].float() if "moments" in batch else moments_of(batch["x"])  # [B,2C,h,w]
-        z_0 = latent_scale.normalise(sample_posterior(moments, batch["posterior_noise"]))  # [B,C,h,w]
-        noised = objective.noised(z_0, batch["u"], batch["eps"])
-        with engine.autocast():
-            told = conditioning.arguments(batch)
-        output = model(noised.z, noised.time, **told).sample
-        loss, parts = objective.loss(output, z_0, batch["eps"], noised)
-        if "truncated" in batch:
-            parts |= {"truncated_captions": batch["truncated"].float()}  # share of the captions that are too long
-        return loss.mean(), {name: part.mean() for name, part in parts.items()}
-
+    loss_of = DenoisingLoss(objective, latent_scale, conditioning, engine.autocast, moments_of)
     titled: Any = engine.main_does(lambda: sampler.rows_of(config, PICTURE_ROWS))
     rows = [(title, Asked(*ask)) for title, ask in titled]
     for step in training.steps(loss_of):

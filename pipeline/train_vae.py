@@ -76,6 +76,11 @@ def train_vae(config: Config, args: argparse.Namespace) -> None:
     started_from = None if settings.start_from is None else weights_sha256(autoencoder)
     if settings.trained == "decoder":
         freeze_encoder(autoencoder)
+    if config.engine.compile and settings.equivariance_share:
+        raise UsageError(
+            "engine.compile: true with vae.train.equivariance_share came, which gives the decoder another size in each "
+            "step, to be compiled anew; compile: false was wanted"
+        )
     refuse_misfit(autoencoder, config.data.image_size, "vae.train.start_from" if settings.start_from else "vae.model")
     if config.engine.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()

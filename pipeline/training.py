@@ -7,6 +7,7 @@ meanwhile the weights are guarded on the device.  Before a checkpoint all is rea
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from pipeline.fitting import largest_that_fits
 from pipeline.journal import Journal, Taken
 from pipeline.learner import Learner, LossOf, Model
 from pipeline.optim import UpdateRule
+from pipeline.pace import Work
 from pipeline.run_folder import write_status
 from pipeline.saving import Saver
 from pipeline.stopping import REASONS, Stopping
@@ -89,12 +91,14 @@ class Training:
         adversary: Adversary | None = None,
         carried: Mapping[str, Tensor] | None = None,
         shown: Sequence[str] = (),
+        work: Work | None = None,
     ) -> None:
         """Take up the newest whole checkpoint in RUN/checkpoints, or begin.
 
         `models`, `module`: see Learner.  `record`: JSON that each checkpoint's state carries and a resumed run must
         find alike.  `carried`: scalars that one step hands to the next, saved and filled in again.  `shown`: parts of
-        the loss that the progress bar tells.  Raises UsageError where a checkpoint belongs to other data.
+        the loss that the progress bar tells.  `work`: what the rows count in TFLOP/s, see Pace.  Raises UsageError
+        where a checkpoint belongs to other data.
         """
         check_ranks(engine.num_ranks, lanes=samples.lanes, global_batch=course.global_batch_images)
         self.engine, self.run, self.samples, self.course = engine, run, samples, course
@@ -143,6 +147,7 @@ class Training:
             images_per_step=course.global_batch_images,
             total_steps=course.steps,
             shown=shown,
+            work=work,
         )
         self.journal.begin(self.step, self.data.position, replaced)
 
@@ -175,13 +180,19 @@ class Training:
             stopping = entered.enter_context(Stopping(self.config.train.limit_s))
             watchdog = entered.enter_context(self._watchdog())
             unread: Taken | None = None
+            gc.collect()
+            gc.freeze()  # what is there stays: no step is held up by a search among a million old objects
+            entered.callback(gc.unfreeze)
             while self.step < self.course.steps:
-                taken = self._take([next(batches) for _ in range(num_micro)], loss_of, stopping.code())
+                with self.journal.pace.waiting():
+                    loaded = [next(batches) for _ in range(num_micro)]
+                taken = self._take(loaded, loss_of, stopping.code())
                 if unread is not None:
                     self._read(unread)
                 unread = taken
                 watchdog.fed()
-                yield self.step
+                with self.journal.pace.stopped():
+                    yield self.step
                 watchdog.fed()  # whatever was done meanwhile
                 due = self.step % self.config.checkpoint.every_steps == 0 or self.step == self.course.steps
                 if due or self.journal.stop_code or self.journal.spike:
@@ -217,7 +228,7 @@ class Training:
             )
             batch, _ = next(load_batches(self.samples, [next(positions)], workers=0, pin_memory=False))
             with wrapped.micro_batch(last=True):
-                loss, _ = loss_of(wrapped.model, self.engine.to_device(batch))
+                loss, _ = loss_of(wrapped.model, self.engine.transfer.to_device(batch))
                 wrapped.backward(loss * float("inf"))  # so that the step changes nothing
             wrapped.step(0.0)
 
@@ -255,7 +266,7 @@ class Training:
     def _take(self, loaded: Sequence[tuple[Batch, list[BadSample]]], loss_of: LossOf, stop_code: int) -> Taken:
         """One optimizer step; nothing of it is waited for."""
         num_micro, learning_rate = len(loaded), self.course.learning_rate(self.step)
-        batches: Iterable[Batch] = (self.engine.to_device(batch) for batch, _ in loaded)
+        batches: Iterable[Batch] = (self.engine.transfer.to_device(batch) for batch, _ in loaded)
         if self.adversary is not None:
             batches = list(batches)  # for two
         found = self.learner.step(batches, num_micro, loss_of, learning_rate=learning_rate, steps_before=self.step)

@@ -35,6 +35,8 @@ class Leg:
     load: Path | None = None
     detour: int = 0  # steps elsewhere before that is loaded
     device: Literal["cpu", "cuda"] = "cpu"
+    compiled: str | None = None  # by which backend; in steps after the second nothing may be compiled
+    channels_last: bool = False
     no_waiting: bool = False  # CUDA: waiting for the device in the steps after the second is an error
 
 
@@ -171,8 +173,10 @@ def run_rank(rank: int, leg: Leg, port: int, out: str) -> None:
 def train(leg: Leg, rank: int, device: Any) -> dict[str, Any]:
     """Take the steps; what they found, and everything whole."""
     import torch
+    import torch._dynamo.utils
 
     from pipeline.strategies import UpdateRule, wrap
+    from pipeline.strategies.regions import compile_regions
 
     module, core, error = build(leg)
     if leg.checkpointing:
@@ -182,6 +186,8 @@ def train(leg: Leg, rank: int, device: Any) -> dict[str, Any]:
     if leg.frozen:
         core.conv_in.requires_grad_(False)
         core.mid_block.requires_grad_(False)
+    if leg.compiled is not None:
+        compile_regions(module, leg.compiled)
     rule = UpdateRule(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, clip_norm=1.0)
     wrapped = wrap(
         module,
@@ -191,6 +197,7 @@ def train(leg: Leg, rank: int, device: Any) -> dict[str, Any]:
         device=device,
         rule=rule,
         offload_optimizer=leg.offload,
+        channels_last=leg.channels_last,
     )
     shadow = [weight.clone() for weight in wrapped.weights()]
     if leg.load is not None:
@@ -215,9 +222,12 @@ def train(leg: Leg, rank: int, device: Any) -> dict[str, Any]:
         reports.append((float(report.grad_norm), bool(report.finite), bool(report.skipped)))
         if report.finite:
             torch._foreach_lerp_(shadow, wrapped.weights(), 0.1)
+    counters = torch._dynamo.utils.counters
     return {
         "losses": losses,
         "reports": reports,
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
         "num_updates": wrapped.num_updates(),
         "scaler": wrapped.scaler(),
         "weights": {name: tensor.cpu().clone() for name, tensor in wrapped.full(wrapped.weights())},
@@ -239,6 +249,8 @@ def one_step(leg: Leg, wrapped: Any, error: Any, step: int, rank: int) -> tuple[
     parts = [{key: value.to(device) for key, value in part.items()} for part in batch_at(leg, step, rank)]
     if leg.no_waiting and step >= leg.start + 2:
         torch.cuda.set_sync_debug_mode("error")
+    if leg.compiled is not None:
+        torch._dynamo.config.error_on_recompile = step >= leg.start + 2
     for i, batch in enumerate(parts):
         with wrapped.micro_batch(last=i == len(parts) - 1):
             prediction, loss = error(wrapped.model, batch)
@@ -292,6 +304,8 @@ def name_of(leg: Leg) -> str:
     words += [f"micro{leg.micro_batches}"] if leg.micro_batches > 1 else []
     switches = {"checkpointing": leg.checkpointing, "offload": leg.offload, "frozen": leg.frozen, "detour": leg.detour}
     words += [word for word, on in switches.items() if on]
+    words += [f"compiled_{leg.compiled}"] if leg.compiled else []
+    words += ["channels_last"] if leg.channels_last else []
     words += [f"scale{leg.scale:g}"] if leg.scale else []
     return "_".join(words)
 

@@ -39,7 +39,7 @@ LAYERS = {
         pipeline.diffusion.bound pipeline.diffusion.ode_likelihood
         pipeline.diffusion.objectives pipeline.diffusion.edm pipeline.diffusion.flow
         pipeline.class_conditional pipeline.conditioning pipeline.text pipeline.pretrained pipeline.unet
-        pipeline.denoiser
+        pipeline.denoiser pipeline.denoising
         pipeline.ema pipeline.optim
         pipeline.planning pipeline.planning.work pipeline.planning.memory pipeline.planning.traffic
         pipeline.planning.gpus
@@ -49,9 +49,10 @@ LAYERS = {
     """,
     "L2 running": """
         pipeline.strategies pipeline.strategies.choice pipeline.strategies.wrapped pipeline.strategies.precision
+        pipeline.strategies.regions pipeline.attention
         pipeline.strategies.masters pipeline.strategies.ddp pipeline.strategies.zero pipeline.strategies.fsdp2
-        pipeline.environment pipeline.engine pipeline.checkpoint
-        pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
+        pipeline.transfer pipeline.pace pipeline.environment
+        pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
         pipeline.training pipeline.health pipeline.sampler pipeline.bounds pipeline.model_card
         pipeline.asking pipeline.image_files pipeline.drawing

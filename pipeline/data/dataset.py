@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -26,6 +27,7 @@ from pipeline.errors import RunError, SampleError, UsageError, blame
 
 Batch = dict[str, Tensor]
 Place = tuple[int, int, int]  # set, shard, row
+ALIGNED_BYTES = 64  # where a tensor of a packed batch may begin
 TRIES_IN_SHARD, TRIES = 8, 64  # for a sample to take a slot: in the same shard at first, which is open; then in its set
 
 
@@ -154,14 +156,39 @@ def load_batches(
         samples,
         batch_sampler=cast(Any, _Once(positions)),
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=cast(Any, _packed if workers else _as_it_is),
         worker_init_fn=_leave_signals_to_the_program,
         pin_memory=pin_memory,
     )
     for loaded in loader:
         if "error" in loaded:
             raise (SampleError if loaded["is_usage"] else RunError)(loaded["error"])
-        yield loaded["batch"], [BadSample(**row) for row in loaded["replaced"]]
+        batch = _unpacked(loaded["packed"], loaded["places"]) if workers else loaded["batch"]
+        yield batch, [BadSample(**row) for row in loaded["replaced"]]
+
+
+def _packed(loaded: dict[str, Any]) -> dict[str, Any]:
+    """A batch as one tensor of bytes and where each of its own lies: from a process each costs half a millisecond."""
+    if "error" in loaded:
+        return loaded
+    batch: Batch = loaded.pop("batch")
+    places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+    end = 0
+    for name, tensor in batch.items():
+        places[name] = (end, tensor.dtype, tuple(tensor.shape))
+        end += -(-tensor.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
+    packed = torch.empty(end, dtype=torch.uint8)
+    for name, tensor in _unpacked(packed, places).items():
+        tensor.copy_(batch[name])
+    return loaded | {"packed": packed, "places": places}
+
+
+def _unpacked(packed: Tensor, places: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]) -> Batch:
+    """The tensors themselves, without a copy."""
+    return {
+        name: packed[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for name, (start, dtype, shape) in places.items()
+    }
 
 
 def _room(num_samples: int, like: Any) -> NDArray[Any]:

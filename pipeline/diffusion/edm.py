@@ -46,7 +46,7 @@ class Edm:
 
     def noised(self, z_0: Tensor, u: Tensor, eps: Tensor) -> Noised:
         """c_in(σ)·(z_0 + σ·eps), ¼ ln σ, and σ in float64."""
-        sigma = self.sigma(u).to(z_0.device)
+        sigma = self.sigma(u).to(z_0.device, non_blocking=True)
         c_in, _, _, c_noise = self.coefficients(sigma)
         x = z_0 + column(sigma) * eps
         return Noised((column(c_in) * x).to(result_dtype(z_0, eps)), c_noise.float(), sigma)

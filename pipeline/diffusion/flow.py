@@ -37,7 +37,7 @@ class Flow:
 
     def noised(self, z_0: Tensor, u: Tensor, eps: Tensor) -> Noised:
         """(1-τ) z_0 + τ·eps, 1000·τ, and τ in float64."""
-        tau = self.tau(u).to(z_0.device)
+        tau = self.tau(u).to(z_0.device, non_blocking=True)
         z = (1 - column(tau)) * z_0 + column(tau) * eps
         return Noised(z.to(result_dtype(z_0, eps)), (TIMES * tau).float(), tau)
 

@@ -69,7 +69,7 @@ class Ddpm:
 
     def noised(self, z_0: Tensor, u: Tensor, eps: Tensor) -> Noised:
         """z_t ~ q(z_t | z_0) at t ~ density."""
-        t = timesteps(u, self.density).to(z_0.device)
+        t = timesteps(u, self.density).to(z_0.device, non_blocking=True)
         return Noised(q_sample(z_0, t, eps, self.schedule), t, t)
 
     def loss(self, output: Tensor, z_0: Tensor, eps: Tensor, noised: Noised) -> tuple[Tensor, dict[str, Tensor]]:

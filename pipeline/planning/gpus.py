@@ -61,6 +61,25 @@ GPUS = {
     )
 }
 
+CUDA_NAMES = {  # what CUDA calls them
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100-sxm",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H200": "h200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA A10": "a10",
+    "Tesla V100-SXM2-32GB": "v100",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+
+
+def named(cuda_name: str) -> Gpu | None:
+    """The GPU that CUDA calls so; None where it is not in the table."""
+    return GPUS[CUDA_NAMES[cuda_name]] if cuda_name in CUDA_NAMES else None
+
 
 @dataclass(frozen=True)
 class Duration:

@@ -17,7 +17,8 @@ from pipeline.optim import UpdateRule
 from pipeline.strategies.choice import Strategy, choose
 from pipeline.strategies.ddp import Ddp
 from pipeline.strategies.fsdp2 import Fsdp2
-from pipeline.strategies.precision import Precision, autocast
+from pipeline.strategies.precision import InPrecision, Precision, autocast
+from pipeline.strategies.regions import compile_regions
 from pipeline.strategies.wrapped import StepReport, Whole, Wrapped
 from pipeline.strategies.zero import Zero
 
@@ -33,11 +34,14 @@ def wrap(
     rule: UpdateRule,
     core: Module | None = None,
     offload_optimizer: bool = False,
+    compiled: bool = False,
+    channels_last: bool = False,
 ) -> Wrapped:
     """Have a module's trained parameters (those that require a gradient) trained by all ranks.
 
     Every rank gives the same fp32 weights.  `core`: the part of the module that holds all of them, and after whose
-    names they go; None: the module.  The process group is there already where there are several ranks.
+    names they go; None: the module.  `compiled`, `channels_last`: see EngineConfig.  The process group is there already
+    where there are several ranks.
     """
     trained = {name: p for name, p in (core or module).named_parameters() if p.requires_grad}
     if others := {p for p in module.parameters() if p.requires_grad} - set(trained.values()):
@@ -47,18 +51,20 @@ def wrap(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # torch tells DeepSpeed, and itself, of new names for its collectives.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    if compiled:
+        compile_regions(module)
+    inside = InPrecision(module, precision, device, channels_last=channels_last)
     match strategy:
         case "ddp":
-            return Ddp(module, trained, precision=precision, device=device, rule=rule)
+            return Ddp(inside, trained, device=device, rule=rule)
         case "zero1" | "zero2" | "zero3":
             return Zero(
-                module,
+                inside,
                 trained,
                 stage=int(strategy[-1]),
-                precision=precision,
                 device=device,
                 rule=rule,
                 offload_optimizer=offload_optimizer,
             )
         case "fsdp2":
-            return Fsdp2(module, trained, precision=precision, device=device, rule=rule)
+            return Fsdp2(inside, trained, device=device, rule=rule)

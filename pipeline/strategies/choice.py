@@ -56,6 +56,11 @@ def choose(engine: EngineConfig, environ: Mapping[str, str]) -> Strategy:
         )
     if engine.offload_optimizer and not on_zero:
         raise UsageError(f"engine.offload_optimizer: only zero1, zero2 and zero3 can do it, the strategy is {chosen}")
+    if engine.compile and chosen == "zero3":
+        raise UsageError(
+            "engine.compile: zero3 gathers weights within the networks' levels, where nothing may interrupt what is "
+            "compiled; ddp, zero1, zero2 or fsdp2 was wanted"
+        )
     if on_zero and find_spec("deepspeed") is None:
         raise UsageError(f"engine.strategy: {chosen} wants DeepSpeed; pip install '.[deepspeed]'")
     return chosen

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.optim import UpdateRule
 from pipeline.strategies.masters import Masters
-from pipeline.strategies.precision import InPrecision, LossScale, Precision
+from pipeline.strategies.precision import InPrecision, LossScale
 from pipeline.strategies.wrapped import StepReport, Whole, Wrapped
 
 
@@ -25,28 +25,29 @@ class Ddp(Wrapped):
 
     def __init__(
         self,
-        module: Module,
+        model: InPrecision,
         trained: Mapping[str, Parameter],
         *,
-        precision: Precision,
         device: torch.device,
         rule: UpdateRule,
     ) -> None:
-        """`trained`: the parameters of the module that learn, under the names they go by."""
+        """`trained`: the parameters of the model that learn, under the names they go by."""
         self.names = tuple(trained)
         self.parameters = list(trained.values())
-        self.loss_scale = LossScale(device) if precision == "fp16" else None
-        module.to(device)
-        self.apart = precision == "bf16_weights"
+        self.loss_scale = LossScale(device) if model.precision == "fp16" else None
+        model.to(device)
+        if model.channels_last:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.apart = model.precision == "bf16_weights"
         weights = [p.detach().float().clone() if self.apart else p for p in self.parameters]
         self.masters = Masters(weights, [p.ndim for p in self.parameters], rule)
         if self.apart:
-            module.bfloat16()
-        self.model = InPrecision(module, precision, device)
+            model.bfloat16()
+        self.model = model
         self.ddp: DistributedDataParallel | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             ids = [device] if device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
             self.model = self.ddp
 
     def micro_batch(self, last: bool) -> AbstractContextManager[object]:

@@ -16,7 +16,8 @@ from torch.nn import Module, Parameter
 
 from pipeline.optim import UpdateRule
 from pipeline.strategies.masters import Masters
-from pipeline.strategies.precision import InPrecision, LossScale, Precision
+from pipeline.strategies.precision import InPrecision, LossScale
+from pipeline.strategies.regions import regions
 from pipeline.strategies.wrapped import StepReport, Whole, Wrapped
 
 
@@ -25,16 +26,16 @@ class Fsdp2(Wrapped):
 
     def __init__(
         self,
-        module: Module,
+        model: InPrecision,
         trained: Mapping[str, Parameter],
         *,
-        precision: Precision,
         device: torch.device,
         rule: UpdateRule,
     ) -> None:
-        """`trained`: the parameters of the module that learn, under the names they go by."""
+        """`trained`: the parameters of the model that learn, under the names they go by."""
+        module = model.module
         self.names = tuple(trained)
-        self.loss_scale = LossScale(device) if precision == "fp16" else None
+        self.loss_scale = LossScale(device) if model.precision == "fp16" else None
         self.shapes = [parameter.shape for parameter in trained.values()]
         homes = _homes(module)
         owned = [homes[parameter] for parameter in trained.values()]
@@ -42,11 +43,11 @@ class Fsdp2(Wrapped):
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         # InPrecision has cast the inputs; FSDP casts weights, and sums gradients in fp32.
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "bf16_weights" else None,
+            param_dtype=torch.bfloat16 if model.precision == "bf16_weights" else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        for part in _blocks(module):
+        for part in regions(module):  # gathered one after another; the root has the rest
             fully_shard(part, mesh=self.mesh, mp_policy=policy)
         self.root: FSDPModule = fully_shard(module, mesh=self.mesh, mp_policy=policy)
         for part in module.modules():
@@ -55,7 +56,7 @@ class Fsdp2(Wrapped):
         self.parameters = [cast(DTensor, getattr(home, name)) for home, name in owned]
         weights = [parameter.to_local() for parameter in self.parameters]
         self.masters = Masters(weights, [len(shape) for shape in self.shapes], rule)
-        self.model = InPrecision(module, precision, device)
+        self.model = model
 
     @contextmanager
     def micro_batch(self, last: bool) -> Generator[None]:
@@ -108,16 +109,6 @@ class Fsdp2(Wrapped):
 def _homes(module: Module) -> dict[Parameter, tuple[Module, str]]:
     """The module that has each parameter as an attribute, and the attribute's name: FSDP puts another in its place."""
     return {p: (home, name) for home in module.modules() for name, p in home.named_parameters(recurse=False)}
-
-
-def _blocks(module: Module) -> list[Module]:
-    """Parts gathered one after another, by their names in diffusers' U-Net and autoencoder; the root has the rest."""
-    found: list[Module] = []
-    for name, part in module.named_modules():
-        *_, parent, own = ["", *name.split(".")]
-        if own == "mid_block" or parent in ("down_blocks", "up_blocks"):
-            found.append(part)
-    return found
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

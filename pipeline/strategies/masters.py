@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.optim import MOMENTS, UpdateRule, adamw, set_learning_rate
+from pipeline.optim import MOMENTS, UpdateRule
 from pipeline.strategies.precision import LossScale
 from pipeline.strategies.wrapped import StepReport, Whole
 
 Fill = Callable[[list[Tensor], Whole], None]  # Wrapped.fill
 
 
+@dataclass(frozen=True)
+class _State:
+    """AdamW's own: moments like the weights, and one count for all of them."""
+
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    count: Tensor  # updates, float32 [], on the device
+
+
 class Masters:
     """Weights, moments, and a step that never waits for the device.
 
-    The fused kernel divides each gradient by one number, which carries the clipping and the loss scale, and leaves
-    everything as it was, its count of steps too, where it is told that something is not finite.
+    The kernel that torch's AdamW calls is called here at once, without the optimizer's walk over its parameters, which
+    took longer than the update of a small network.  It divides each gradient by one number, which carries the clipping
+    and the loss scale, and leaves everything as it was where it is told that something is not finite.
     """
 
     def __init__(self, weights: Sequence[Tensor], num_dims: Sequence[int], rule: UpdateRule) -> None:
         """`weights`: fp32, each an alias of what the model reads or its own; `num_dims` of the whole tensors."""
         self.weights = [weight.detach() for weight in weights]
         self.rule = rule
-        decayed = [weight for weight, dims in zip(self.weights, num_dims, strict=True) if dims > 1]
-        spared = [weight for weight, dims in zip(self.weights, num_dims, strict=True) if dims <= 1]
-        self.optimizer = adamw(decayed, spared, rule)
+        decayed = [i for i, dims in enumerate(num_dims) if dims > 1]
+        spared = [i for i, dims in enumerate(num_dims) if dims <= 1]  # norms, biases
+        self._groups = [(group, decay) for group, decay in ((decayed, rule.weight_decay), (spared, 0.0)) if group]
+        self._state: _State | None = None
 
     @torch.no_grad()
     def step(
@@ -41,8 +53,6 @@ class Masters:
 
         `sum_over_ranks`: where each rank has a part of the weights only.
         """
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = torch.zeros_like(weight) if gradient is None else gradient
         given = [gradient for gradient in gradients if gradient is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(given)))  # pyright: ignore[reportPrivateUsage]
         if sum_over_ranks is not None:
@@ -51,33 +61,55 @@ class Masters:
         norm = norm / divisor
         bad = ~norm.isfinite()
         divisor = divisor * ((norm + 1e-6) / self.rule.clip_norm).clamp(min=1.0)
-        # Where torch's own GradScaler tells the fused kernel the same.
-        self.optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue]
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update(gradients, learning_rate, divisor, bad.float())
         skipped = torch.zeros_like(bad) if loss_scale is None else loss_scale.update(bad)
         return StepReport(norm, finite=~bad | skipped, skipped=skipped)
 
+    def _update(
+        self, gradients: Sequence[Tensor | None], learning_rate: float, divisor: Tensor, found_inf: Tensor
+    ) -> None:
+        """AdamW (Loshchilov & Hutter 2019), fused; with `found_inf` 1 instead of 0 nothing changes."""
+        state = self._state = self._state or self._fresh(0)
+        beta1, beta2 = self.rule.betas
+        filled = [
+            torch.zeros_like(weight) if gradient is None else gradient
+            for weight, gradient in zip(self.weights, gradients, strict=True)
+        ]
+        count = state.count + 1
+        for group, weight_decay in self._groups:
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage]
+                [self.weights[i] for i in group],
+                [filled[i] for i in group],
+                [state.exp_avg[i] for i in group],
+                [state.exp_avg_sq[i] for i in group],
+                [],
+                [count] * len(group),
+                amsgrad=False,
+                lr=learning_rate,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=self.rule.eps,
+                maximize=False,
+                grad_scale=divisor,
+                found_inf=found_inf,
+            )
+        state.count.add_(1 - found_inf)
+
+    def _fresh(self, num_updates: int) -> _State:
+        exp_avg, exp_avg_sq = ([torch.zeros_like(weight) for weight in self.weights] for _ in MOMENTS)
+        return _State(exp_avg, exp_avg_sq, torch.full((), float(num_updates), device=self.weights[0].device))
+
     def moments(self) -> dict[str, list[Tensor]]:
         """exp_avg and exp_avg_sq like the weights; {} before the first step."""
-        state = self.optimizer.state
-        return {name: [state[weight][name] for weight in self.weights] for name in MOMENTS} if state else {}
+        return {name: getattr(self._state, name) for name in MOMENTS} if self._state else {}
 
     def num_updates(self) -> int:
-        """AdamW's count of steps."""
-        state = self.optimizer.state
-        return int(state[self.weights[0]]["step"]) if state else 0
+        """AdamW's count of steps.  Waits for the device."""
+        return int(self._state.count) if self._state else 0
 
     def load_moments(self, moments: Mapping[str, Whole], num_updates: int, fill: Fill) -> None:
         """Have the moments of so many updates, which `fill` takes this rank's part of; none after no update."""
-        self.optimizer.state.clear()
-        if num_updates == 0:
-            return
-        for weight in self.weights:
-            made = {name: torch.zeros_like(weight) for name in MOMENTS}
-            count = torch.tensor(float(num_updates), device=weight.device)
-            self.optimizer.state[weight] = {"step": count, **made}
+        self._state = self._fresh(num_updates) if num_updates else None
         for name, local in self.moments().items():
             fill(local, moments[name])

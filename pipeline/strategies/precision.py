@@ -24,14 +24,19 @@ class InPrecision(Module):
     bf16.  It lies inside what the strategies wrap, since DeepSpeed switches an autocast around its engine off.
     """
 
-    def __init__(self, module: Module, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self, module: Module, precision: Precision, device: torch.device, *, channels_last: bool = False
+    ) -> None:
         super().__init__()
         self.module = module
         self.precision: Precision = precision
         self.device_type = device.type
+        self.channels_last = channels_last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward; floating tensors among its outputs come out in fp32."""
+        if self.channels_last:  # what follows from these lies so too, whatever the weights do
+            args = tuple(_in_channels_last(value) for value in args)
         if self.precision == "fp32":
             return self.module(*args, **kwargs)
         if self.precision == "bf16_weights":
@@ -52,6 +57,12 @@ def autocast(precision: Precision, device_type: str) -> AbstractContextManager[o
 
 def _to_bf16(value: Any) -> Any:
     return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _in_channels_last(value: Any) -> Any:
+    """Images [B,C,H,W] and latents."""
+    fits = isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+    return value.contiguous(memory_format=torch.channels_last) if fits else value
 
 
 class LossScale:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from pipeline.errors import UsageError
 from pipeline.optim import MOMENTS, UpdateRule, adamw, set_learning_rate
@@ -43,30 +43,29 @@ class Zero(Wrapped):
 
     def __init__(
         self,
-        module: Module,
+        model: InPrecision,
         trained: Mapping[str, Parameter],
         *,
         stage: int,
-        precision: Precision,
         device: torch.device,
         rule: UpdateRule,
         offload_optimizer: bool,
     ) -> None:
-        """`trained`: the parameters of the module that learn, under the names they go by."""
+        """`trained`: the parameters of the model that learn, under the names they go by."""
         deepspeed = _deepspeed(device)
         self.names = tuple(trained)
         self.parameters = list(trained.values())
         self.shapes = [parameter.shape for parameter in self.parameters]
         self.stage, self.device = stage, device
-        self.loss_scale = LossScale(device) if precision == "fp16" else None
-        exact = {n: p.detach().clone() for n, p in trained.items()} if precision == "bf16_weights" else None
-        module.to(device)
+        self.loss_scale = LossScale(device) if model.precision == "fp16" else None
+        exact = {n: p.detach().clone() for n, p in trained.items()} if model.precision == "bf16_weights" else None
+        model.to(device)
         decayed = [p for p in trained.values() if p.ndim > 1]
         spared = [p for p in trained.values() if p.ndim <= 1]
         self.engine, *_ = deepspeed.initialize(
-            model=InPrecision(module, precision, device),
+            model=model,
             optimizer=adamw(decayed, spared, rule),
-            config=_config(stage, precision, device, rule, offload_optimizer),
+            config=_config(stage, model.precision, device, rule, offload_optimizer),
             dist_init_required=False,
         )
         self.model = self.engine
@@ -90,9 +89,14 @@ class Zero(Wrapped):
         """See Wrapped.  DeepSpeed itself looks at the norm, waits for it, and drops a step that is not finite."""
         set_learning_rate(self.zero, learning_rate)
         self.engine.step()
-        bad = torch.tensor(bool(self.zero.overflow), device=self.device)
+        bad = torch.full((), bool(self.zero.overflow), device=self.device)
         skipped = torch.zeros_like(bad) if self.loss_scale is None else self.loss_scale.update(bad)
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        found = self.engine.get_global_grad_norm()
+        norm = (
+            found.to(self.device).float()
+            if isinstance(found, Tensor)
+            else torch.full((), float(found), device=self.device)
+        )
         return StepReport(norm, finite=~bad | skipped, skipped=skipped)
 
     def _flat(self) -> list[Tensor]:
