@@ -96,7 +96,7 @@ class ImageClassifier:
 
         Raises ValueError before `fit`, for a misshapen or empty set, and for another size than was fitted on.
         """
-        return self._classes[self.probabilities(images).argmax(axis=1)]
+        return self.classes[self.probabilities(images).argmax(axis=1)]
 
     @property
     def classes(self) -> NDArray[np.int64]:
