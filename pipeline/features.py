@@ -142,7 +142,13 @@ class Backbone:
     @torch.no_grad()
     def see(self, images: Images) -> Seen:
         """See FeatureNetwork."""
-        output: Any = self.network(pixel_values=_prepared(self.processor, images, self.device))
+        x = _prepared(self.processor, images, self.device)
+        try:
+            output: Any = self.network(pixel_values=x)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the network does not take images {list(x.shape)}: {_first(error)}") from error
         features = getattr(output, "pooler_output", None) if self.pools else None
         if features is None:
             last = output.last_hidden_state  # [B,N,D] or [B,D,h,w]
