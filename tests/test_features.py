@@ -97,7 +97,10 @@ def test_other_models_of_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     convolutional = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 12], depths=[1, 1, 1, 1]))
     network = opened("transformers", write(tmp_path / "convnext", convolutional), **stated)
-    assert network.see(IMAGES).features.shape == (5, 12)
+    with pytest.raises(ValueError, match=r"does not take images \[5, 3, 28, 28\]: .*Kernel size"):
+        network.see(IMAGES)
+    larger = opened("transformers", tmp_path / "convnext", **stated | {"image_size": 64})
+    assert larger.see(IMAGES).features.shape == (5, 12)
     backbone = opened("transformers", dinov2(tmp_path / "backbone", Dinov2Backbone))
     assert backbone.see(IMAGES).features.shape == (5, 16)
     vit = ViTModel(ViTConfig(**SMALL, intermediate_size=16, patch_size=7), add_pooling_layer=False)
@@ -140,7 +143,7 @@ def test_what_is_no_network_says_why(tmp_path: Path) -> None:
         opened("transformers", tmp_path / "empty")
     with pytest.raises(OSError, match=r"has no tokenizer\.json"):
         opened("clip", clip_without_words(tmp_path))
-    with pytest.raises(ValueError, match="does not open as a CLIPModel|lack"):
+    with pytest.raises(ValueError, match=r"does not open as a CLIPModel|lack"):
         opened("clip", folder)
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(OSError, match=r"no preprocessor_config\.json; give image_size, mean and std"):
