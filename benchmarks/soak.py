@@ -6,6 +6,7 @@ python benchmarks/soak.py [GROUP ...]      (all groups when none is named)
   signals    SIGTERM, SIGUSR1, SIGUSR2 to any rank at 20 moments, saves and pictures among them
   faults     every open, write, flush and rename of a save made to fail once, with ENOSPC and with EIO
   strategies every ordered pair of DDP, ZeRO-1, ZeRO-2, ZeRO-3 and FSDP2 over a save, and every setting
+  slurm      a real Slurm of two nodes: ten preemptions at bad moments, either node lost, either rank hung
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ GROUPS = {  # name: (test file, expression, environment)
     "signals": ("test_kills.py", "signal", {"SIGNALS": "20"}),
     "faults": ("test_save_faults.py", "", {"FAULTS": "0"}),
     "strategies": ("test_strategy_pairs.py", "", {"PAIRS": "all"}),
+    "slurm": ("test_slurm.py", "", {"SLURM_CASES": "all", "SLURM_WANTED": "1"}),
 }
 
 

@@ -25,6 +25,7 @@ from pipeline.planning.work import Activations, Operations, count_operations, me
 from pipeline.preflight import Found, look, sample_bytes
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+LINK_GBIT_S = 400.0  # one InfiniBand NDR adapter
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -37,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--link-gbit-s",
         type=_rate,
-        default=400.0,
+        default=LINK_GBIT_S,
         metavar="R",
-        help="what a node sends to others, all its adapters together, Gbit/s; 400 unless told",
+        help=f"what a node sends to others, all its adapters together, Gbit/s; {LINK_GBIT_S:g} unless told",
     )
     made.add_argument("--utilisation", type=_share, default=None, metavar="U", help="share of the GPU's peak, 0 to 1")
     return program.run_config(made, argv, check, None)
@@ -65,6 +66,11 @@ class Plan:
         """The config's; auto is ddp here, as it is where the launcher says nothing."""
         asked = self.config.engine.strategy
         return "ddp" if asked == "auto" else asked
+
+    @property
+    def operations_per_image(self) -> int:
+        """Of a step: the U-Net's forward and backward pass, and what runs beside it."""
+        return self.operations.training + self.found.operations_beside
 
     @property
     def num_trained(self) -> int:
@@ -110,42 +116,68 @@ class Plan:
 
 def check(config: Config, args: argparse.Namespace) -> None:
     """What the config names → operations, activations → memory, traffic, time → what would fail."""
-    gpu, num_ranks = GPUS[args.gpu], args.gpus or config.engine.num_processes or 1
-    found = look(config, num_ranks)
+    num_ranks = args.gpus or config.engine.num_processes or 1
+    plan = plan_of(
+        config,
+        look(config, num_ranks),
+        num_ranks=num_ranks,
+        gpu=GPUS[args.gpu],
+        gpus_per_node=args.gpus_per_node,
+        link_gbit_s=args.link_gbit_s,
+        utilisation=args.utilisation,
+    )
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
+    show_work(console, plan)
+    show_memory(console, plan)
+    peak = plan.gpu.tflops(config.engine.precision)
+    if peak is not None:
+        show_time(console, plan, peak)
+        show_scaling(console, plan, peak)
+    for note in plan.found.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if failures := would_fail(plan):
+        raise UsageError("\n".join(failures))
+    console.print("nothing found that would fail")
+
+
+def plan_of(
+    config: Config,
+    found: Found,
+    *,
+    num_ranks: int,
+    gpu: Gpu,
+    gpus_per_node: int,
+    link_gbit_s: float = LINK_GBIT_S,
+    utilisation: float | None = None,
+) -> Plan:
+    """The same for `num_ranks` GPUs; `utilisation`: share of their peak, None: the table's."""
     again = config.engine.gradient_checkpointing
-    plan = Plan(
+    return Plan(
         config,
         found,
         operations=count_operations(found.shape, checkpointing=again),
         activations=measure_activations(found.shape, config.engine.precision, checkpointing=again),
         gpu=gpu,
-        utilisation=args.utilisation or gpu.utilisation,
-        utilisation_source="told" if args.utilisation else gpu.utilisation_source,
+        utilisation=utilisation or gpu.utilisation,
+        utilisation_source="told" if utilisation else gpu.utilisation_source,
         num_ranks=num_ranks,
-        gpus_per_node=args.gpus_per_node,
-        node_bytes_s=args.link_gbit_s * 1e9 / 8,
+        gpus_per_node=gpus_per_node,
+        node_bytes_s=link_gbit_s * 1e9 / 8,
     )
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
-    failures = list(found.failures)
-    show_work(console, plan)
-    show_memory(console, plan)
-    peak = gpu.tflops(config.engine.precision)
-    if peak is None:
-        failures.append(f"engine.precision: {config.engine.precision} came, {gpu.name} has fp16 and fp32")
-    else:
-        show_time(console, plan, peak)
-        show_scaling(console, plan, peak)
-    for note in found.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def would_fail(plan: Plan) -> list[str]:
+    """What was found when its names were looked up, and what the GPU lacks: a line for each."""
+    gpu, failures = plan.gpu, list(plan.found.failures)
+    if gpu.tflops(plan.config.engine.precision) is None:
+        failures.append(f"engine.precision: {plan.config.engine.precision} came, {gpu.name} has fp16 and fp32")
     if (needed := plan.memory(plan.strategy).peak) > gpu.memory_bytes:
         failures.append(
             f"engine.strategy: {plan.strategy} takes {needed / GIB:.1f} GiB, {gpu.name} has "
             f"{gpu.memory_bytes / GIB:.1f}; a smaller train.micro_batch_images, engine.gradient_checkpointing=true or "
             "another strategy takes less"
         )
-    if failures:
-        raise UsageError("\n".join(failures))
-    console.print("nothing found that would fail")
+    return failures
 
 
 # To the terminal ----------------------------------------------------------------------------------
@@ -174,6 +206,8 @@ def show_work(console: Console, plan: Plan) -> None:
     made.add_row("forward, GFLOP per image", f"{operations.forward / 1e9:,.1f}")
     again = ", gradient checkpointing" if plan.config.engine.gradient_checkpointing else ""
     made.add_row(f"training, GFLOP per image{again}", f"{operations.training / 1e9:,.1f}")
+    if found.operations_beside:
+        made.add_row("autoencoder and text encoders, GFLOP per image", f"{found.operations_beside / 1e9:,.1f}")
     made.add_row("activations, GiB per image", f"{(activations.of(1) - activations.fixed) / GIB:.3f}")
     console.print(made)
 
@@ -198,7 +232,7 @@ def show_time(console: Console, plan: Plan, peak: float) -> None:
     num_images = config.train.steps * config.train.global_batch_images
     taken = duration(
         num_images,
-        plan.operations.training,
+        plan.operations_per_image,
         tflops=peak,
         utilisation=plan.utilisation,
         num_gpus=plan.num_ranks,
@@ -228,7 +262,7 @@ def show_scaling(console: Console, plan: Plan, peak: float) -> None:
         precision=config.engine.precision,
         global_batch=config.train.global_batch_images,
         micro_batch=plan.micro_batch,
-        flops_per_image=plan.operations.training,
+        flops_per_image=plan.operations_per_image,
         flops_per_s=peak * 1e12 * plan.utilisation,
         gpus_per_node=plan.gpus_per_node,
         nodes=[nodes for nodes in NODES if config.data.lanes % (nodes * plan.gpus_per_node) == 0],

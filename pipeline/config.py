@@ -39,8 +39,13 @@ class QuarantineConfig(Section):
 
 
 class RemoteConfig(Section):
-    """How shards that lie at a URL come to this node."""
+    """How shards that lie at a URL, or on a shared file system, come to this node."""
 
+    stage_folders: bool = Field(
+        default=False,
+        description="Read shards that lie in folders through the cache, too: for a shared file system that is slower "
+        "than this node's own disk.",
+    )
     cache_dir: str | None = Field(
         default=None,
         min_length=1,

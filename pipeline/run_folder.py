@@ -17,6 +17,8 @@ from pipeline.errors import UsageError, blame
 
 State = Literal["running", "done", "preempted", "failed", "usage"]
 STATUS = "status.json"
+# Sections of config.yaml that make a training what it is.
+TRAINING = ("seed", "data", "unet", "conditioning", "diffusion", "optimizer", "train", "engine", "ema")
 _locks: dict[Path, TextIO] = {}  # held open until the process ends, however it ends
 
 

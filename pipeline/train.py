@@ -48,7 +48,8 @@ from pipeline.evaluation import Evaluation
 from pipeline.metrics.pictures import labelled_grid
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.pretrained import open_pretrained, resolved
-from pipeline.run_folder import claim, write_status
+from pipeline.provenance import open_latent_sets
+from pipeline.run_folder import TRAINING, claim, write_status
 from pipeline.sampler import Asked
 from pipeline.text import TextEncoders, Tokenizers, learn_tokenizer, open_text
 from pipeline.training import Course, Training
@@ -58,7 +59,6 @@ from vae.moments import LatentScale, downsampling_factor, encode_moments, publis
 from vae.preview import load_preview
 from vae.tiles import in_tiles, tile_of
 
-IDENTITY = ("seed", "data", "unet", "conditioning", "diffusion", "optimizer", "train", "engine", "ema")
 PICTURE_ROWS, PICTURE_COLUMNS = 10, 4  # of a picture while training: classes or captions, images of each
 
 
@@ -75,7 +75,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
     engine = Engine(config.engine)
     with blame("unet.start_from"):
         config = config.model_copy(update={"unet": resolved(config.unet)})
-    engine.main_does(lambda: claim(run, config, IDENTITY))
+    engine.main_does(lambda: claim(run, config, TRAINING))
 
     # frozen VAE, text encoders
     with blame("vae.path"):
@@ -106,7 +106,14 @@ def train(config: Config, args: argparse.Namespace) -> None:
         folders, described = config.data.train_images, describe_online(config, engine, vae, moments_of)
         read: Piece = Pixels(config.seed, config.data.image_size, config.data.crop, config.data.flip)
     else:
-        folders, described = config.data.train_latents, open_sets(config, vae, text)
+        folders = config.data.train_latents
+        cached = condition.text is not None and condition.text.embeddings == "cached"
+        described = open_latent_sets(
+            config,
+            encoder_sha256(vae),
+            text_encoder_sha256=text.sha256() if text and cached else None,
+            image_sizes=text is not None and text.pooled_width is not None,
+        )
         num_crops = config.data.encode_crops if config.data.crop == "random" else 1
         read = Moments(config.seed, latent_shape, num_crops, config.data.flip)
     latent_scale = LatentScale(described["scale"], described["shift"])
@@ -262,45 +269,6 @@ def told_pieces(config: Config, text: TextEncoders | None) -> list[Piece]:
             num_crops = None if data.train_latents is None else data.encode_crops
             found.append(Sizes(config.seed, data.image_size, data.crop, data.flip, num_crops))
     return found
-
-
-def open_sets(config: Config, vae: AutoencoderKL, text: TextEncoders | None) -> dict[str, Any]:
-    """The latent sets' scale and origin, once they are found to fit the VAE and the config."""
-    assert config.data.train_latents is not None
-    described: list[dict[str, Any]] = []
-    cached = config.conditioning.text is not None and config.conditioning.text.embeddings == "cached"
-    text_sha256 = text.sha256() if text and cached else None
-    for folder in config.data.train_latents:
-        with blame("data.train_latents"):
-            found = latents.open_latents(
-                folder,
-                encoder_sha256=encoder_sha256(vae),
-                image_size=config.data.image_size,
-                crop=config.data.crop,
-                flip=config.data.flip,
-                encode_crops=config.data.encode_crops,
-                text_encoder_sha256=text_sha256,
-                image_sizes=text is not None and text.pooled_width is not None,
-                tile_pixels=tile_of(config.data.image_size, config.vae.tile_pixels),
-                remote=config.data.remote,
-            )
-            if config.conditioning.has_class:
-                check_labels(folder, found, config.conditioning.num_classes)
-        described.append(found)
-    with blame("data.train_latents"):
-        return latents.merge_descriptions(described, config.data.weights or (1.0,))
-
-
-def check_labels(folder: str, described: dict[str, Any], num_classes: int) -> None:
-    """Raise UsageError where the set has a label that num_classes doesn't, or lacks labels."""
-    known = sorted(int(label) for label in described["label_counts"])
-    if not known or sum(described["label_counts"].values()) < described["num_samples"]:
-        raise UsageError(f"{folder}: not every sample has a .cls label, which conditioning.kind wants")
-    if known[-1] >= num_classes:
-        raise UsageError(
-            f"{folder}: class id {known[-1]} came, 0 to {num_classes - 1} was wanted "
-            f"(conditioning.num_classes={num_classes})"
-        )
 
 
 def describe_online(

@@ -1,13 +1,15 @@
 """Put a training into Slurm's queue: the config checked, the batch script rendered, the cluster asked, the job sent.
 
-What would be refused is refused here, before it waits in the queue: one line, exit code 2.  Prints one job number a
-line, in the order in which the jobs run.  Run it from the folder that the config's paths start from.
+What would be refused is refused here, before it waits in the queue: a line for each, exit code 2.  The job runs the
+programs and the config as they are now, from a copy in RUN/code.  Prints one job number a line, in the order in which
+the jobs run.  Run it from the folder that the config's paths start from.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import re
 import shlex
 import shutil
@@ -22,11 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline import files
+from pipeline.check import plan_of, would_fail
+from pipeline.config import Config
 from pipeline.config_file import find_config, load_config
-from pipeline.data.order import check_ranks
 from pipeline.errors import UsageError
+from pipeline.planning.gpus import GPUS
+from pipeline.preflight import look
 
 PROJECT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("pipeline", "vae", "configs")  # what a job runs of the project
 FAILED, USAGE = 1, 2
 
 
@@ -43,6 +50,8 @@ class Site(BaseModel):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    gpu: str | None = None  # its name in `check`: a config that wants more memory is refused
+    stage: str | None = None  # a folder on each node's own disk: shards are read through it
     container: str | None = None
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     container_mounts: list[str] = []  # folders that the job sees besides the project's and the one it is sent from
@@ -86,12 +95,14 @@ def parser() -> Parser:
     made.add_argument("--cpus-per-task", type=int, help="of each node; eight for each GPU where not said")
     for name in ("time", "partition", "account", "qos", "constraint"):
         made.add_argument(f"--{name}", help=f"Slurm's --{name}")
+    made.add_argument("--gpu", choices=list(GPUS), metavar="NAME", help=f"hold memory against it: {', '.join(GPUS)}")
+    made.add_argument("--stage", metavar="FOLDER", help="on each node's own disk: shards are read through it")
     made.add_argument("--container", metavar="IMAGE", help="run in a container")
     made.add_argument("--container-runtime", choices=("pyxis", "apptainer"))
     made.add_argument("--site", type=Path, metavar="FILE.yaml", help="what these options are where they are not said")
     made.add_argument("--array", type=array, metavar="N[%AT_ONCE]", help="first encode, in an array of N tasks")
     made.add_argument("--chain", type=positive, metavar="K", help="K jobs, one after another, none of them requeued")
-    made.add_argument("--dry-run", action="store_true", help="print the scripts and send nothing")
+    made.add_argument("--dry-run", action="store_true", help="print scripts and refusals; send nothing")
     return made
 
 
@@ -110,29 +121,32 @@ def array(text: str) -> str:
 
 
 def submit(args: argparse.Namespace) -> int:
-    """config, site → scripts → the cluster's word on them → jobs."""
+    """config, site → what would fail → a copy of the programs → scripts → the cluster's word on them → jobs."""
     config_path = find_config(args.config).resolve()
     config = load_config(config_path, args.overrides)
     site = read_site(args)
-    check_ranks(
-        site.nodes * max(1, site.gpus_per_node),
-        lanes=config.data.lanes,
-        global_batch=config.train.global_batch_images,
-    )
-    words = [str(config_path), *args.overrides]
+    if args.array and config.data.train_latents is None:
+        raise UsageError("--array: data.train_latents is null, so there is nothing to encode")
+    failures = would_be_refused(config, site, encodes_first=args.array is not None)
+    code = Path(config.run_dir).absolute() / "code" / version(config_path)
+    words = [str(code / "config.yaml"), *args.overrides]
     name = Path(config.run_dir).name
     jobs: list[tuple[str, str]] = []  # what it is, its script
     if args.array:
-        if config.data.train_latents is None:
-            raise UsageError("--array: data.train_latents is null, so there is nothing to encode")
         alone = site.model_copy(update={"nodes": 1, "gpus_per_node": min(1, site.gpus_per_node)})
         options = [f"--array={args.array}", "--requeue", "--output=slurm-%A_%a.log"]
-        jobs.append(("encode", script("encode_array.sbatch", f"encode-{name}", alone, options, words)))
+        jobs.append(
+            ("encode", script("encode_array.sbatch", f"encode-{name}", alone, code, options=options, words=words))
+        )
     options = ["--no-requeue" if args.chain else "--requeue", "--output=slurm-%j.log"]
-    jobs += [("train", script("train.sbatch", name, site, options, words))] * (args.chain or 1)
+    jobs += [("train", script("train.sbatch", name, site, code, options=options, words=words))] * (args.chain or 1)
 
     if args.dry_run:
         sys.stdout.write("\n".join(text for _, text in jobs))
+        sys.stdout.flush()
+    if failures:
+        raise UsageError("\n".join(failures))
+    if args.dry_run:
         return 0
     if shutil.which("sbatch") is None:
         raise UsageError("sbatch: not found here; run this where Slurm is, or look at the scripts with --dry-run")
@@ -141,7 +155,49 @@ def submit(args: argparse.Namespace) -> int:
         if said.returncode != 0:
             asked = f"{site.nodes} nodes, {site.gpus_per_node} GPUs on each, partition {site.partition or '(default)'}"
             raise UsageError(f"sbatch refuses it: {reason(said.stderr)}; asked for were {asked}")
+    keep(config_path, code)
     return send(jobs)
+
+
+def would_be_refused(config: Config, site: Site, *, encodes_first: bool) -> list[str]:
+    """What `check` finds that would fail, a line each; of latents only where they must be there already."""
+    if encodes_first:
+        later = {"train_latents": None, "validation_latents": None}
+        config = config.model_copy(update={"data": config.data.model_copy(update=later)})
+    gpus_per_node = max(1, site.gpus_per_node)
+    num_ranks = site.nodes * gpus_per_node
+    found = look(config, num_ranks)
+    if site.gpu is None:
+        return list(found.failures)
+    return would_fail(plan_of(config, found, num_ranks=num_ranks, gpu=GPUS[site.gpu], gpus_per_node=gpus_per_node))
+
+
+def programs() -> list[Path]:
+    """The files that a job runs, from the project's folder."""
+    found = (path for top in PROGRAMS for path in (PROJECT / top).rglob("*"))
+    return sorted(path.relative_to(PROJECT) for path in found if path.is_file() and path.suffix not in (".pyc", ".pyo"))
+
+
+def version(config_path: Path) -> str:
+    """Of the programs and the config: 12 hex digits of their content."""
+    digest = hashlib.sha256(config_path.read_bytes())
+    for path in programs():
+        digest.update(f"\0{path}\0".encode() + (PROJECT / path).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def keep(config_path: Path, code: Path) -> None:
+    """Copy the programs and the config, unless this very version is there: what is edited later reaches no job."""
+    if code.exists():
+        return
+    try:
+        with files.whole_folder(code) as aside:
+            for path in programs():
+                (aside / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(PROJECT / path, aside / path)
+            shutil.copyfile(config_path, aside / "config.yaml")
+    except OSError as error:
+        raise UsageError(f"{code}: the programs could not be copied there: {error.strerror}") from None
 
 
 def read_site(args: argparse.Namespace) -> Site:
@@ -159,6 +215,8 @@ def read_site(args: argparse.Namespace) -> Site:
         site = Site.model_validate(values)
     except ValidationError as error:
         raise UsageError("\n".join(explain(one, args.site) for one in error.errors())) from None
+    if site.gpu is not None and site.gpu not in GPUS:
+        raise UsageError(f"{args.site}: gpu: {site.gpu!r} came, one of {', '.join(GPUS)} was wanted")
     if site.nodes < 1 or site.gpus_per_node < 0:
         raise UsageError(f"nodes={site.nodes}, gpus_per_node={site.gpus_per_node} came, 1 or more and 0 or more wanted")
     return site
@@ -174,7 +232,7 @@ def explain(mistake: Any, path: Path | None) -> str:
     return f"{path}: {key}: unknown key; {wanted}"
 
 
-def script(file: str, name: str, site: Site, options: list[str], words: list[str]) -> str:
+def script(file: str, name: str, site: Site, code: Path, *, options: list[str], words: list[str]) -> str:
     """A batch script of this folder for one job: its options, settings and the run's words written into it."""
     cpus = site.cpus_per_task or 8 * max(1, site.gpus_per_node)
     options = [
@@ -192,24 +250,27 @@ def script(file: str, name: str, site: Site, options: list[str], words: list[str
         *site.sbatch,
     ]
     settings = {
-        "PROJECT": shlex.quote(str(PROJECT)),
+        "PROJECT": shlex.quote(str(code)),
         "BIN": shlex.quote(site.container_bin if site.container else str(Path(sys.executable).parent)),
-        "CONTAINER": f"({shlex.join(container(site))})",
+        "CONTAINER": f"({shlex.join(container(site, code))})",
     }
+    if file == "train.sbatch":
+        settings["STAGE"] = shlex.quote(site.stage or "")
     lines = (PROJECT / "slurm" / file).read_text(encoding="utf-8").splitlines()
-    body = lines[lines.index("set -u") :]
+    begin, body = lines[lines.index("TOLD=0") : lines.index("set -u")], lines[lines.index("set -u") :]
     for key, value in settings.items():
         (at,) = (i for i, line in enumerate(body) if line.startswith(f"{key}="))
         body[at] = f"{key}={value}"
     head = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(option)}" for option in options)]
-    return "\n".join([*head, f"set -- {shlex.join(words)}", *site.setup, *body]) + "\n"
+    return "\n".join([*head, *begin, f"set -- {shlex.join(words)}", *site.setup, *body]) + "\n"
 
 
-def container(site: Site) -> list[str]:
+def container(site: Site, code: Path) -> list[str]:
     """The words that put a command into the container."""
     if site.container is None:
         return []
-    folders = list(dict.fromkeys([str(PROJECT), str(Path.cwd()), *site.container_mounts]))
+    staged = [site.stage] if site.stage else []
+    folders = list(dict.fromkeys([str(code), str(Path.cwd()), *staged, *site.container_mounts]))
     if site.container_runtime == "apptainer":
         gpus = ["--nv"] if site.gpus_per_node else []
         return ["apptainer", "exec", *gpus, "--bind", ",".join(folders), "--pwd", str(Path.cwd()), site.container]

@@ -207,7 +207,10 @@ def _waiting(path: Path) -> Path:
 
 
 class ShardSet:
-    """An indexed set: samples by (shard, row), read with pread; from a folder, through few open files."""
+    """An indexed set: samples by (shard, row), read with pread; from a folder, through few open files.
+
+    Of a folder that `data.remote.stage_folders` stages, the shards are read from this node's cache, as those of a URL.
+    """
 
     def __init__(self, location: str | Path, open_shards: int, remote: RemoteConfig | None = None) -> None:
         """`location`: a folder, or the URL of one; `open_shards`: how many shards' offsets are kept.
@@ -216,8 +219,11 @@ class ShardSet:
         URL only the manifest is looked at now; where that can't be had, RunError.
         """
         self.location, self._open_shards, self._settings = str(location), open_shards, remote or RemoteConfig()
-        self._remote = RemoteShards(self.location, self._settings) if is_url(self.location) else None
-        manifest = self._remote.manifest() if self._remote else _manifest(Path(location))
+        at_url = is_url(self.location)
+        staged = self._settings.stage_folders and not at_url
+        url = f"file://{Path(location).absolute()}" if staged else self.location
+        self._remote = RemoteShards(url, self._settings) if at_url or staged else None
+        manifest = self._remote.manifest() if self._remote and at_url else _manifest(Path(location))
         if manifest.get("format") != FORMAT:
             raise UsageError(
                 f"{self.location}/index: format {manifest.get('format')!r} came, {FORMAT} was wanted; {self._again}"
@@ -225,7 +231,7 @@ class ShardSet:
         self._entries: list[dict[str, Any]] = manifest["shards"]
         if self._remote:
             self._remote.check(self._entries)
-        else:
+        if not at_url:
             _check(Path(location), self._entries)
         self.fingerprint: str = manifest["fingerprint"]
         self.names: list[str] = [entry["name"] for entry in self._entries]
@@ -239,7 +245,7 @@ class ShardSet:
     @property
     def _again(self) -> str:
         """What to do where the index is wrong."""
-        return AGAIN if self._remote else f"run: python -m pipeline index {self.location}"
+        return AGAIN if is_url(self.location) else f"run: python -m pipeline index {self.location}"
 
     def path(self, shard: int) -> str:
         """Where a shard lies."""

@@ -395,6 +395,23 @@ def test_other_kinds_of_url(folder: Path, tmp_path: Path) -> None:
         memory.rm("/far set", recursive=True)
 
 
+def test_folders_are_staged_where_that_is_asked_for(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A shared file system's shards come to the node's disk, each once, as they are read."""
+    plain = ShardSet(folder, open_shards=1)
+    away = copied(folder, tmp_path / "a shared folder")
+    monkeypatch.chdir(tmp_path)
+    config = settings(tmp_path, stage_folders=True)
+    shards = ShardSet("a shared folder", open_shards=1, remote=config)
+    assert shards.fingerprint == plain.fingerprint and cached(config) == set()
+    assert shards.read(2, 3) == plain.read(2, 3) and cached(config) == {plain.sha256(2)}
+    assert everything(shards) == everything(plain) and len(cached(config)) == NUM_SHARDS
+    for path in away.glob("*.tar"):
+        path.rename(path.with_suffix(".away"))
+    assert everything(shards) == everything(plain)
+    with pytest.raises(UsageError, match=r"a shared folder: no \*\.tar in this folder"):
+        ShardSet("a shared folder", open_shards=1, remote=config)
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, url, extra in (("s3fs", "s3://a/b", "s3"), ("gcsfs", "gs://a/b", "gcs"), ("aiohttp", "https://a", "r")):
         monkeypatch.setitem(sys.modules, module, None)

@@ -118,6 +118,35 @@ class Cluster:
             assert time.monotonic() < deadline, f"it takes too long: {told}; it said: {said}"
             time.sleep(0.1)
 
+    def lose(self, node: str) -> None:
+        """A node's power is cut: its daemon and all of its processes are killed."""
+        pid = int((self.at / f"slurmd-{node}.pid").read_text())
+        whose = namespace(pid)
+        assert whose is not None
+        while of_node := [found for found in processes() if namespace(found) == whose]:
+            for found in of_node:
+                with suppress(OSError):
+                    os.kill(found, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def boot(self, node: str) -> None:
+        """Start a node's daemon, which has a host name and a hosts file of its own."""
+        alone = f'hostname {node} && mount --bind "{self.at}/hosts" /etc/hosts && exec slurmd -N {node}'
+        self.say("unshare", "--uts", "--mount", "sh", "-c", alone)
+
+
+def processes() -> list[int]:
+    """The ids of all that run."""
+    return [int(found.name) for found in Path("/proc").glob("[0-9]*")]
+
+
+def namespace(pid: int) -> str | None:
+    """Whose host name a process sees; None of one that has ended."""
+    with suppress(OSError):
+        if "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]:
+            return str(Path(f"/proc/{pid}/ns/uts").readlink())
+    return None
+
 
 def read_log(log: Path) -> str:
     """What a job has written, of which a killed process may have left half a letter."""
@@ -150,15 +179,13 @@ def _daemons(at: Path) -> Iterator[Cluster]:
     for gpu in range(8):  # Slurm counts files
         (at / f"gpu{gpu}").touch()
     (at / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={at}/gpu[0-7]\n")
-    hosts = at / "hosts"
-    hosts.write_text(Path("/etc/hosts").read_text() + "".join(f"\n127.0.0.1 {node}" for node in NODES) + "\n")
+    (at / "hosts").write_text(Path("/etc/hosts").read_text() + "".join(f"\n127.0.0.1 {node}" for node in NODES) + "\n")
     munge = [f"--{name.replace('_', '-')}={at}/munge/{name}" for name in ("log_file", "pid_file", "seed_file")]
     try:
         cluster.say("munged", f"--socket={at}/munge/socket", f"--key-file={key}", *munge)
         cluster.say("slurmctld", "-c")
         for node in NODES:
-            alone = f'hostname {node} && mount --bind "{hosts}" /etc/hosts && exec slurmd -N {node}'
-            cluster.say("unshare", "--uts", "--mount", "sh", "-c", alone)
+            cluster.boot(node)
         deadline = time.monotonic() + 60
         while cluster.ask("sinfo", "-h", "-N", "-o", "%T").stdout.split() != ["idle"] * len(NODES):
             assert time.monotonic() < deadline, cluster.ask("sinfo").stdout + (at / "slurmctld.log").read_text()
