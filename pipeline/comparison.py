@@ -14,8 +14,7 @@ from rich.table import Table
 from pipeline import files, program, sampler
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.evaluation import Evaluation, Looked, labels_of
-from pipeline.features import Classifier, Clip
+from pipeline.evaluation import Evaluation, labels_of
 from pipeline.kept_images import SAID, KeptImages, common_asked
 from pipeline.metrics.answers import clip_scores
 from pipeline.metrics.manifold import fidelity_by_image
@@ -23,6 +22,7 @@ from pipeline.metrics.neighbours import feature_copies
 from pipeline.metrics.paired import LEVEL, FrechetScore, KernelScore, Mean, Score, paired_differences
 from pipeline.real_features import see_all
 from pipeline.sampler import PASSPORT, Asked
+from pipeline.yardstick import Yardstick
 
 Found = list[dict[str, Any]]  # one for each pair of image sets
 
@@ -110,7 +110,7 @@ def compare_pair(evaluation: Evaluation, a: KeptImages, b: KeptImages, *, num_re
         "num_images": len(asked),
         "num_resamples": num_resamples,
         "level": LEVEL,
-        "references": {title: looked.train.fingerprint for title, looked in evaluation.looked.items()},
+        "references": {title: each.train.fingerprint for title, each in evaluation.yardsticks.items()},
         "differences": {name: each._asdict() for name, each in found.items()},
     }
 
@@ -122,22 +122,21 @@ def scores_of(evaluation: Evaluation, images: NDArray[np.uint8], asked: Sequence
     doubles makes sparser.
     """
     scores: dict[str, Score] = {}
-    for title, looked in evaluation.looked.items():
-        seen = see_all(looked.network, images, evaluation.settings.batch_images, f"{title} sees")
+    labels, prompts = labels_of(asked), [one.prompt for one in asked]
+    for title, yardstick in evaluation.yardsticks.items():
+        seen = see_all(yardstick.network, images, evaluation.settings.batch_images, f"{title} sees")
         with blame(f"evaluation.features: {title}"):
-            scores |= {f"{title}/{name}": score for name, score in in_features(looked, seen["features"]).items()}
-        labels, prompts = labels_of(asked), [one.prompt for one in asked]
-        if isinstance(looked.network, Classifier) and labels is not None:
-            named = looked.network.fitted.classes[seen["probabilities"].argmax(axis=1)]
+            scores |= {f"{title}/{name}": score for name, score in in_features(yardstick, seen["features"]).items()}
+        if labels is not None and (named := yardstick.classes(seen.get("probabilities"))) is not None:
             scores["accuracy"] = Mean(named == labels)
-        if isinstance(looked.network, Clip) and None not in prompts:
-            scores["clip_score"] = Mean(clip_scores(seen["features"], evaluation.read(looked.network, prompts)))
+        if (captions := yardstick.read(prompts)) is not None:
+            scores["clip_score"] = Mean(clip_scores(seen["features"], captions))
     return scores
 
 
-def in_features(looked: Looked, features: NDArray[np.float32]) -> Mapping[str, Score]:
+def in_features(yardstick: Yardstick, features: NDArray[np.float32]) -> Mapping[str, Score]:
     """The scores of one network."""
-    real = looked.train.features
+    real = yardstick.train.features
     is_precise, density = fidelity_by_image(real, features)
     return {
         "fid": FrechetScore(real, features),

@@ -37,7 +37,7 @@ from pipeline.config import Config
 from pipeline.data.images import to_pixels, to_unit
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.evaluation import Evaluation, Model, flat_scores, own_conditions
+from pipeline.evaluation import Evaluation, Model, own_conditions
 from pipeline.kept_images import KeptImages
 from pipeline.metrics.distances import frechet_distance
 from pipeline.metrics.neighbours import nearest, nearest_features
@@ -47,6 +47,7 @@ from pipeline.model_card import note_scores
 from pipeline.real_features import see_all
 from pipeline.run_folder import check_same
 from pipeline.sampler import PASSPORT
+from pipeline.score_rows import flat_scores
 from pipeline.tracking import Row, write_evaluation
 from vae.metrics import psnr, reconstruct
 from vae.tiles import in_tiles
@@ -153,9 +154,9 @@ def autoencoder_scores(config: Config, vae: AutoencoderKL, evaluation: Evaluatio
         decibels.append(psnr(x_hat, x).cpu())
         pixels.append(to_pixels(x_hat.cpu()))
     scores: Scores = {"vae/psnr_db": float(torch.cat(decibels).mean()), "vae/num_images": len(images)}
-    for title, looked in evaluation.looked.items():
-        features = see_all(looked.network, np.concatenate(pixels), size, f"{title} sees reconstructions")["features"]
-        scores[f"vae/{title}/fid"] = frechet_distance(looked.held_out.features, features)
+    for title, yardstick in evaluation.yardsticks.items():
+        features = see_all(yardstick.network, np.concatenate(pixels), size, f"{title} sees reconstructions")["features"]
+        scores[f"vae/{title}/fid"] = frechet_distance(yardstick.held_out.features, features)
     return scores
 
 
@@ -163,11 +164,11 @@ def draw_neighbours(path: Path, evaluation: Evaluation, samples: NDArray[np.uint
     """Samples beside the training images nearest in the first network's features; in pixels where there is none."""
     train = evaluation.train.shown.pixels
     count = min(NEIGHBOURS, len(train))
-    looked = next(iter(evaluation.looked.values()), None)
-    if looked is None:
+    yardstick = next(iter(evaluation.yardsticks.values()), None)
+    if yardstick is None:
         found, _ = nearest(train, samples, count)
     else:
-        found = nearest_features(looked.train.features, looked.network.see(samples).features, count)
+        found = nearest_features(yardstick.train.features, yardstick.network.see(samples).features, count)
     with files.whole(path) as aside:
         neighbours_picture(samples, train, found).save(aside, format="PNG")
 

@@ -20,34 +20,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import files, program, sampler
+from pipeline import files, sampler
 from pipeline.bounds import Costs, Encoded, counted
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
-from pipeline.config_evaluation import EvaluationConfig, FeaturesConfig
 from pipeline.data.dataset import Shown, evenly, read_told, spaced
 from pipeline.data.index import ShardSet
 from pipeline.denoiser import objective_of
 from pipeline.diffusion.likelihood import average
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.features import Classifier, Clip, FeatureNetwork, open_network
-from pipeline.kept_images import KeptImages, forget_older
-from pipeline.measuring import fit_classifier
-from pipeline.metrics.answers import clip_scores, inception_score
-from pipeline.metrics.classifier import ImageClassifier
-from pipeline.metrics.scores import LEAST_IMAGES, Scores, feature_scores
+from pipeline.kept_images import KeptImages
+from pipeline.metrics.scores import LEAST_IMAGES, Scores
 from pipeline.portions import GoOn, in_portions
-from pipeline.real_features import Arrays, RealFeatures, RealSet, cache_folder, look_at, real_features
+from pipeline.real_features import RealSet
 from pipeline.sampler import Asked
-from pipeline.tracking import Row, read_evaluations, write_evaluation
+from pipeline.score_rows import curves_of, record, told_apart
+from pipeline.tracking import Row, read_evaluations
+from pipeline.yardstick import Yardstick, open_yardstick
 from vae.likelihood import autoencoder_nll
 from vae.model import state_sha256, weights_sha256
 
 Note = Callable[[int, dict[str, float]], None]  # step, figures
 Of = Callable[[Encoded, Sequence[Asked]], Tensor]  # held-out images, what they show → a number or more of each
-FITTED = "classifier."  # before the names of the fitted classifier's arrays
-OF_HELD_OUT = ("validation_loss", "bits_per_dim", "bits_per_dim_standard_error")  # scores that no network gives
 
 
 @dataclass(frozen=True)
@@ -66,26 +61,12 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A network, and what it says of the real images."""
-
-    settings: FeaturesConfig
-    network: FeatureNetwork
-    train: RealFeatures
-    held_out: RealFeatures
-
-
-@dataclass(frozen=True)
 class HeldOut:
     """Some of the held-out images, by their number in the set."""
 
     total: int  # of the set
     images: Mapping[int, NDArray[np.uint8]]  # [H,W,3]
     asked: Mapping[int, Asked]  # what they show
-
-
-class OneClassError(Exception):
-    """All labels are the same: no classifier can be fitted."""
 
 
 class Evaluation:
@@ -103,13 +84,13 @@ class Evaluation:
         self.train = RealSet("data.train_images", data.train_images, config)
         self.held_out = RealSet("data.validation_images", (data.validation_images,), config)
         self.asked = tuple(asked_of(config))
-        self.looked: dict[str, Looked] = {}
+        self.yardsticks: dict[str, Yardstick] = {}
         self.floors: Scores = {}
-        engine.main_does(self._look)
+        engine.main_does(self._open)
 
     # What is made ready ---------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _open(self) -> None:
         """Rank 0: the networks, what they say of real images, and the scores of the held-out ones."""
         if self.settings.features and self.settings.num_images < LEAST_IMAGES:
             raise UsageError(
@@ -118,69 +99,10 @@ class Evaluation:
             )
         for settings in self.settings.features:
             with blame(f"evaluation.features: {settings.title}"):
-                found = self._fitted(settings) if settings.network == "classifier" else self._opened(settings)
+                found = open_yardstick(settings, self.config, self.train, self.held_out, self.engine.device)
                 if found is not None:
-                    self.looked[settings.title] = found
-                    self._check_enough(found)
-                    self.floors |= self._floor(found)
-
-    def _fitted(self, settings: FeaturesConfig) -> Looked | None:
-        """The classifier; None where the images have no two labels."""
-        if not self.train.has_labels():
-            program.say("the images have no labels: no classifier is fitted, and its features' scores are left out")
-            return None
-
-        def look() -> Arrays:
-            shown = self.train.shown
-            fitted = fit_classifier(shown.pixels, shown.labels, self.config.seed)
-            if fitted is None:
-                raise OneClassError
-            state = {f"{FITTED}{name}": array for name, array in fitted.state().items()}
-            return state | self._see(settings, Classifier(fitted, self.train.description), self.train)
-
-        described = Classifier.described(self.train.description, self.config.seed)
-        try:
-            train = self._real(settings, self.train, described, look)
-        except OneClassError:
-            return None
-        state = {name.removeprefix(FITTED): array for name, array in train.arrays.items() if name.startswith(FITTED)}
-        network = Classifier(ImageClassifier(self.config.seed).load(state), self.train.description)
-        return Looked(settings, network, train, self._real_by(settings, network, self.held_out))
-
-    def _opened(self, settings: FeaturesConfig) -> Looked:
-        network = open_network(settings, self.engine.device)
-        train, held_out = (self._real_by(settings, network, images) for images in (self.train, self.held_out))
-        return Looked(settings, network, train, held_out)
-
-    def _real_by(self, settings: FeaturesConfig, network: FeatureNetwork, images: RealSet) -> RealFeatures:
-        return self._real(settings, images, network.description, lambda: self._see(settings, network, images))
-
-    def _real(
-        self, settings: FeaturesConfig, images: RealSet, network: dict[str, Any], look: Callable[[], Arrays]
-    ) -> RealFeatures:
-        description = {"images": images.description, "network": network}
-        return real_features(cache_folder(self.config), settings.title, description, look)
-
-    def _see(self, settings: FeaturesConfig, network: FeatureNetwork, images: RealSet) -> Arrays:
-        return look_at(network, images.shown, self.settings.batch_images, settings.title)
-
-    def _check_enough(self, looked: Looked) -> None:
-        for of, real in ((self.train, looked.train), (self.held_out, looked.held_out)):
-            if len(real.features) < LEAST_IMAGES:
-                raise UsageError(
-                    f"{of.key} has {len(real.features)} images; precision, recall, density and coverage want "
-                    f"{LEAST_IMAGES} or more"
-                )
-
-    def _floor(self, looked: Looked) -> Scores:
-        """The scores of real held-out images: what a model that had learned everything would get, at their number."""
-        real = looked.held_out
-        scores: Scores = {"num_images": len(real.features)}
-        scores |= self._of_network(looked, real.features, real.get("probabilities"), real.get("labels"))
-        captions = real.get("captions")
-        if captions is not None:
-            scores["clip_score"] = float(clip_scores(real.features, captions).mean())
-        return {f"validation/{name}": value for name, value in scores.items()}
+                    self.yardsticks[settings.title] = found
+                    self.floors |= found.floor()
 
     @cached_property
     def own(self) -> HeldOut:
@@ -272,17 +194,15 @@ class Evaluation:
     def _row(self, kept: KeptImages, model: Model, shared: Scores) -> Row:
         """Rank 0: one row of RUN/evaluations.jsonl."""
         scores: Scores = {}
-        labels = labels_of(kept.asked)
-        for looked in self.looked.values():
-            title = looked.settings.title
+        prompts = [asked.prompt for asked in kept.asked]
+        for title, yardstick in self.yardsticks.items():
             with blame(f"evaluation.features: {title}: {kept.folder.name}"):
-                seen = [looked.network.see(kept.read(portion)) for portion in kept.portions]
+                seen = [yardstick.network.see(kept.read(portion)) for portion in kept.portions]
                 features = np.concatenate([each.features for each in seen])
                 named = [each.probabilities for each in seen if each.probabilities is not None]
-                scores |= self._of_network(looked, features, np.concatenate(named) if named else None, labels)
-                prompts = [asked.prompt for asked in kept.asked]
-                if isinstance(looked.network, Clip) and None not in prompts:
-                    scores["clip_score"] = float(clip_scores(features, self.read(looked.network, prompts)).mean())
+                probabilities = np.concatenate(named) if named else None
+                captions = yardstick.read(prompts)
+                scores |= yardstick.scores(features, probabilities, labels=labels_of(kept.asked), captions=captions)
         row: Row = {
             "step": model.step,
             "checkpoint": model.checkpoint,
@@ -297,37 +217,13 @@ class Evaluation:
         return told_apart(read_evaluations(Path(self.config.run_dir)), row, self.settings)
 
     def _references(self) -> dict[str, str]:
-        return {title: looked.train.fingerprint for title, looked in self.looked.items()}
+        return {title: each.train.fingerprint for title, each in self.yardsticks.items()}
 
     def _held_out_fingerprint(self) -> str:
         """Of all that losses and bits of held-out images depend on, beside the model."""
         settings, likelihood = self.settings, self.settings.likelihood
         counted_as = [settings.loss_images, settings.loss_bands, likelihood.num_images, likelihood.num_timesteps]
         return files.fingerprint([self.held_out.description, counted_as])[:16]
-
-    def _of_network(
-        self,
-        looked: Looked,
-        features: NDArray[np.float32],
-        probabilities: NDArray[np.float32] | None,
-        labels: NDArray[np.int64] | None,
-    ) -> Scores:
-        """Names as in evaluations.jsonl."""
-        title = looked.settings.title
-        found = feature_scores(looked.train.features, features, len(looked.held_out.features))
-        if probabilities is not None:
-            found["inception_score"] = inception_score(probabilities)
-        scores: Scores = {f"{title}/{name}": value for name, value in found.items()}
-        if probabilities is not None and labels is not None and isinstance(looked.network, Classifier):
-            named = looked.network.fitted.classes[probabilities.argmax(axis=1)]
-            scores["accuracy"] = float(np.mean(named == labels))
-        return scores
-
-    def read(self, network: Clip, prompts: Sequence[str | None]) -> NDArray[np.float32]:
-        """Prompts → [N,D]."""
-        size = self.settings.batch_images
-        parts = [[text or "" for text in prompts[i : i + size]] for i in range(0, len(prompts), size)]
-        return np.concatenate([network.read(part) for part in parts])
 
     def _held_out_scores(self, pipe: ClassConditionalPipeline, go_on: GoOn) -> Scores | None:
         """Losses in bands and, where they are asked for, bits; None where it was told to stop."""
@@ -422,90 +318,3 @@ def has_variance(pipe: ClassConditionalPipeline, config: Config) -> bool:
     channels = int(pipe.unet.config["in_channels"])
     wanted = 2 * channels if config.diffusion.variance_type == "learned_range" else channels
     return int(pipe.unet.config["out_channels"]) == wanted
-
-
-# Rows ---------------------------------------------------------------------------------------------
-
-
-def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row:
-    """The row, its scores under names of their own where the same name stands for other numbers in this run's first.
-
-    A network's numbers are others when its reference is (data, preprocessing, weights), or when other numbers of images
-    or steps were drawn; those of held-out images when other ones are counted.  Then NAME becomes NAME@FINGERPRINT, so
-    that what can't be compared never shares a curve.
-    """
-    of_network = {"classifier": "accuracy", "clip": "clip_score"}  # what a kind of network gives beside NAME/...
-    renamed: dict[str, str] = {}
-    for each in settings.features:
-        if each.title in row["references"]:
-            first = next((old for old in rows if each.title in old["references"]), row)
-            alike = [files.fingerprint(_comparable(one, each.title))[:8] for one in (first, row)]
-            if alike[0] != alike[1]:
-                names = [each.title, of_network.get(each.network, each.title)]
-                renamed |= {name: f"{name}@{alike[1]}" for name in names}
-    if rows and rows[0]["held_out"] != row["held_out"]:
-        renamed |= {name: f"{name}@{row['held_out'][:8]}" for name in OF_HELD_OUT}
-
-    def called(name: str) -> str:
-        return "/".join(renamed.get(word, word) for word in name.split("/"))
-
-    return row | {part: {called(name): value for name, value in row[part].items()} for part in ("references", "scores")}
-
-
-def _comparable(row: Row, title: str) -> list[Any]:
-    return [row["references"][title], row["num_images"], row["num_inference_steps"]]
-
-
-def record(run: Path, rows: Sequence[Row]) -> None:
-    """Rank 0: the rows of one evaluation in the training, and the newest scores by name; older images may go."""
-    for row in rows:
-        write_evaluation(run, row)
-    files.write_json(run / "scores.json", flat_scores(rows))
-    forget_older(run, rows[0]["step"])
-
-
-def curves_of(row: Row) -> dict[str, float]:
-    """The numbers that change while a model learns, by the name of their curve: an image score's tells the guidance."""
-    prefix = f"guidance_{row['guidance_scale']:g}"
-    found: dict[str, float] = {}
-    for name, value in row["scores"].items():
-        head = name.partition("/")[0]
-        if head == "validation" or name.rpartition("/")[2].startswith("num_"):
-            continue  # of real images, or a number of them: always the same
-        shared = head.partition("@")[0] in OF_HELD_OUT
-        found[name if shared else f"{prefix}/{name}"] = float(value)
-    return found
-
-
-OF_CLASSIFIER = {  # its scores go without its name in scores.json
-    "accuracy": "class_accuracy",
-    "classifier/fid": "frechet_distance",
-    "classifier/kid": "kernel_distance",
-    "classifier/kid_standard_error": "kernel_distance_standard_error",
-    "classifier/precision": "precision",
-    "classifier/recall": "recall",
-    "classifier/density": "density",
-    "classifier/coverage": "coverage",
-    "classifier/fid_equal_n": "frechet_distance_equal_n",
-    "classifier/recall_equal_n": "recall_equal_n",
-    "classifier/coverage_equal_n": "coverage_equal_n",
-    "classifier/num_images_equal_n": "num_images_equal_n",
-    "classifier/num_reference_images": "num_train_images",
-}
-
-
-def flat_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """One model's rows by the names of scores.json: guidance_2/NAME of what was drawn, validation/NAME of real ones."""
-    flat: dict[str, Any] = {"checkpoint": rows[0]["checkpoint"], "ema": rows[0]["ema"]}
-    for row in rows:
-        prefix = f"guidance_{row['guidance_scale']:g}"
-        flat[f"{prefix}/num_images"] = row["num_images"]
-        for name, value in row["scores"].items():
-            head, _, rest = name.partition("/")
-            if head == "validation":
-                flat[f"validation/{OF_CLASSIFIER.get(rest, rest)}"] = value
-            elif head.partition("@")[0] in OF_HELD_OUT:
-                flat[name] = value
-            else:
-                flat[f"{prefix}/{OF_CLASSIFIER.get(name, name)}"] = value
-    return flat

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from world import World, losses, rows
 
 from pipeline.config_evaluation import EvaluationConfig
-from pipeline.evaluation import curves_of, flat_scores, told_apart
+from pipeline.score_rows import curves_of, flat_scores, told_apart
 
 IN_LOOP = ("evaluation.scores_every_steps=4", "evaluation.bits=true")
 NETWORK = {

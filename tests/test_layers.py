@@ -59,7 +59,7 @@ LAYERS = {
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
         pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
         pipeline.average pipeline.portions pipeline.kept_images pipeline.real_features pipeline.evaluation
-        pipeline.comparison pipeline.provenance
+        pipeline.yardstick pipeline.score_rows pipeline.comparison pipeline.provenance
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
