@@ -80,8 +80,8 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
         found = compare(Evaluation(engine, config), *args.compare, num_resamples=args.resamples)
         engine.main_does(lambda: show_comparison(found, run / "evaluation" / "comparison.json"))
         return
-    check_same(run, config, ("conditioning", "diffusion"))
     pipe, model = checkpoint_of(engine, config, args) if args.checkpoint else export_of(engine, config)
+    check_same(run, config, ("conditioning", "diffusion"))
     evaluation = Evaluation(engine, config)
     rows = evaluation.score(pipe, model, lambda: True, in_training=False)
     assert rows is not None  # nobody told it to stop
