@@ -25,7 +25,7 @@ VAE = """
 """
 LAYERS = {
     "L0 words": """
-        pipeline.errors pipeline.files pipeline.presets pipeline.config pipeline.config_file
+        pipeline.errors pipeline.files pipeline.presets pipeline.config_evaluation pipeline.config pipeline.config_file
     """,
     "L1 parts": """
         pipeline
@@ -45,7 +45,8 @@ LAYERS = {
         pipeline.planning.gpus
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
         pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.plots
-        pipeline.metrics.scores
+        pipeline.metrics.scores pipeline.metrics.answers pipeline.metrics.paired
+        pipeline.features
     """,
     "L2 running": """
         pipeline.strategies pipeline.strategies.choice pipeline.strategies.wrapped pipeline.strategies.precision
@@ -63,6 +64,8 @@ LAYERS = {
         pipeline.reporting pipeline.reporting.thin pipeline.reporting.words pipeline.reporting.rows
         pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.evaluations
         pipeline.reporting.gather pipeline.reporting.tables pipeline.reporting.page
+        pipeline.average pipeline.portions pipeline.kept_images pipeline.real_features pipeline.evaluation
+        pipeline.yardstick pipeline.score_rows pipeline.comparison
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
@@ -76,7 +79,8 @@ ALONE = {
     "pipeline.errors": (),
     "pipeline.files": (),
     "pipeline.presets": (),
-    "pipeline.config": ("vae.config", "pipeline.presets"),
+    "pipeline.config_evaluation": ("vae.config",),
+    "pipeline.config": ("vae.config", "pipeline.presets", "pipeline.config_evaluation"),
     "pipeline.diffusion": ("pipeline.diffusion",),
     "pipeline.metrics": ("pipeline.metrics",),
     "vae": ("vae",),
