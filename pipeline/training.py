@@ -184,7 +184,8 @@ class Training:
             self._stopping, self._fed = stopping, watchdog.fed
             unread: Taken | None = None
             if again and self.step:
-                yield self.step
+                with self.journal.pace.stopped():
+                    yield self.step
                 watchdog.fed()
                 if self.journal.stop_code:
                     raise PreemptedError(f"{REASONS[self.journal.stop_code - 1]} after step {self.step}")
