@@ -45,6 +45,7 @@ demo: env
 	@$(VERB) evaluate $(CONFIG)
 	@printf '%s\n' "" \
 	  "Done. What there is now:" \
+	  "  $(RUN)/report.html               all of it on one page: open it in a browser" \
 	  "  $(RUN)/samples/grid.png          ten drawn images of each class: look at them" \
 	  "  $(RUN)/samples/step-*.png        the same noise while it learned" \
 	  "  $(RUN)/evaluation/nearest-*.png  drawn images beside the nearest ones it was trained on" \

@@ -19,7 +19,8 @@ VERBS = {
     "export": "checkpoint → a folder that diffusers opens",
     "sample": "draw images from an export",
     "page": "draw from an export in a browser",
-    "evaluate": "score an export",
+    "evaluate": "score an export or a checkpoint, or compare two models",
+    "report": "a run's curves, pictures and scores → one HTML page",
     "schema": "print the JSON Schema of a config, for editors",
 }
 

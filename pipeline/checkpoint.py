@@ -14,12 +14,10 @@ is resumed from it.  Nothing here is or reads a pickle.
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline import files
+from pipeline.environment import versions
 from pipeline.errors import UsageError
 
 FORMAT = 1
@@ -181,12 +180,4 @@ def prune(folder: Path, *, keep_last: int, keep_every_steps: int | None) -> None
 
 def state_document(step: int, state: dict[str, Any]) -> dict[str, Any]:
     """What state.json holds: JSON, with the format, the step and the libraries' versions."""
-    return {"format": FORMAT, "step": step, **state, "versions": _versions()}
-
-
-@cache
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "diffusers", "accelerate", "safetensors", "numpy", "latent-diffusion-pipeline")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"format": FORMAT, "step": step, **state, "versions": versions()}

@@ -90,6 +90,11 @@ def look(config: Config, num_ranks: int) -> Found:
         _provenance(config, pooled is not None, failures)
     _run_folder(config, unet, failures)
     failures += of_batch(config, num_ranks)
+    failures += [
+        f"evaluation.features: {each.title}: path {each.path!r} came, and nothing is there"
+        for each in config.evaluation.features
+        if each.path is not None and not _on_hub(each.path) and not Path(each.path).expanduser().exists()
+    ]
     return Found(
         shape,
         num_unet,

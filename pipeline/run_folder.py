@@ -10,7 +10,7 @@ from typing import Any, Literal, TextIO
 
 import yaml
 
-from pipeline import files
+from pipeline import environment, files
 from pipeline.config import Config, identity
 from pipeline.config_file import to_yaml
 from pipeline.errors import UsageError, blame
@@ -74,6 +74,7 @@ def claim(folder: Path, config: Config, sections: tuple[str, ...]) -> None:
     if begun:
         check_same(folder, config, sections)
     files.write_text(folder / "config.yaml", to_yaml(config))
+    files.write_json(folder / environment.NAME, environment.environment())
     write_status(folder, "running", step=None if begun else 0)
 
 
@@ -101,6 +102,11 @@ def in_use(folder: Path) -> bool:
     except OSError:  # no lock there, or none on this file system
         return False
     return False
+
+
+def is_live(folder: Path) -> bool:
+    """Whether a live process of this machine, or of one that shares its locks, has claimed the folder."""
+    return folder.resolve() in _locks or in_use(folder)
 
 
 def _lock(folder: Path) -> None:

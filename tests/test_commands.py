@@ -37,7 +37,7 @@ PURPOSES = {
     "export": "into a diffusers folder",
     "sample": "Draw images of classes, prompts or both",
     "page": "Serve a page that draws",
-    "evaluate": "Score RUN/export",
+    "evaluate": "Score a model against the real images",
     "schema": "Print the JSON Schema",
 }
 # Starts programs as files, where neither the folder above them nor the installed package is on the path, and prints

@@ -25,7 +25,7 @@ VAE = """
 """
 LAYERS = {
     "L0 words": """
-        pipeline.errors pipeline.files pipeline.presets pipeline.config pipeline.config_file
+        pipeline.errors pipeline.files pipeline.presets pipeline.config_evaluation pipeline.config pipeline.config_file
     """,
     "L1 parts": """
         pipeline
@@ -45,13 +45,14 @@ LAYERS = {
         pipeline.planning.gpus
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
         pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.plots
-        pipeline.metrics.scores
+        pipeline.metrics.scores pipeline.metrics.answers pipeline.metrics.paired
+        pipeline.features
     """,
     "L2 running": """
         pipeline.strategies pipeline.strategies.choice pipeline.strategies.wrapped pipeline.strategies.precision
         pipeline.strategies.regions pipeline.attention
         pipeline.strategies.masters pipeline.strategies.ddp pipeline.strategies.zero pipeline.strategies.fsdp2
-        pipeline.transfer pipeline.pace
+        pipeline.transfer pipeline.pace pipeline.environment
         pipeline.engine pipeline.checkpoint pipeline.saving pipeline.snapshots pipeline.tracking pipeline.run_folder
         pipeline.program pipeline.stopping pipeline.watchdog pipeline.learner pipeline.fitting pipeline.journal
         pipeline.training pipeline.health pipeline.sampler pipeline.bounds pipeline.model_card
@@ -59,12 +60,17 @@ LAYERS = {
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
         pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
-        pipeline.provenance
+        pipeline.provenance pipeline.denoising_strip
+        pipeline.reporting pipeline.reporting.thin pipeline.reporting.words pipeline.reporting.rows
+        pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.evaluations
+        pipeline.reporting.gather pipeline.reporting.tables pipeline.reporting.page
+        pipeline.average pipeline.portions pipeline.kept_images pipeline.real_features pipeline.evaluation
+        pipeline.yardstick pipeline.score_rows pipeline.comparison
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
-        pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.schema
-        pipeline.check pipeline.__main__
+        pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.report
+        pipeline.schema pipeline.check pipeline.__main__
     """,
 }
 # These may import only what begins with one of the names given: they can be read, tested and copied alone.
@@ -73,7 +79,8 @@ ALONE = {
     "pipeline.errors": (),
     "pipeline.files": (),
     "pipeline.presets": (),
-    "pipeline.config": ("vae.config", "pipeline.presets"),
+    "pipeline.config_evaluation": ("vae.config",),
+    "pipeline.config": ("vae.config", "pipeline.presets", "pipeline.config_evaluation"),
     "pipeline.diffusion": ("pipeline.diffusion",),
     "pipeline.metrics": ("pipeline.metrics",),
     "vae": ("vae",),

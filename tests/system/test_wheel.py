@@ -41,6 +41,9 @@ def test_its_programs_run_with_the_shipped_config(installed: Path, tmp_path: Pat
     done = run(installed, tmp_path, "train-vae", *words)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "digits_vae" / "autoencoder" / "config.json").exists()
+    done = run(installed, tmp_path, "report", "digits_class.yaml", "run_dir=runs/digits_vae")  # its template came along
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "digits_vae" / "report.html").exists()
 
 
 def test_it_carries_nothing_but_the_packages(installed: Path) -> None:

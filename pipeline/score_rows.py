@@ -1,0 +1,98 @@
+"""Rows of scores: what each number is called in evaluations.jsonl, as a curve and in scores.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import files
+from pipeline.config_evaluation import EvaluationConfig
+from pipeline.kept_images import forget_older
+from pipeline.tracking import Row, write_evaluation
+
+OF_HELD_OUT = ("validation_loss", "bits_per_dim", "bits_per_dim_standard_error")  # scores that no network gives
+
+
+def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row:
+    """The row, its scores under names of their own where the same name stands for other numbers in this run's first.
+
+    A network's numbers are others when its reference is (data, preprocessing, weights), or when other numbers of images
+    or steps were drawn; those of held-out images when other ones are counted.  Then NAME becomes NAME@FINGERPRINT, so
+    that what can't be compared never shares a curve.
+    """
+    of_network = {"classifier": "accuracy", "clip": "clip_score"}  # what a kind of network gives beside NAME/...
+    renamed: dict[str, str] = {}
+    for each in settings.features:
+        if each.title in row["references"]:
+            first = next((old for old in rows if each.title in old["references"]), row)
+            alike = [files.fingerprint(_comparable(one, each.title))[:8] for one in (first, row)]
+            if alike[0] != alike[1]:
+                names = [each.title, of_network.get(each.network, each.title)]
+                renamed |= {name: f"{name}@{alike[1]}" for name in names}
+    if rows and rows[0]["held_out"] != row["held_out"]:
+        renamed |= {name: f"{name}@{row['held_out'][:8]}" for name in OF_HELD_OUT}
+
+    def called(name: str) -> str:
+        return "/".join(renamed.get(word, word) for word in name.split("/"))
+
+    return row | {part: {called(name): value for name, value in row[part].items()} for part in ("references", "scores")}
+
+
+def _comparable(row: Row, title: str) -> list[Any]:
+    return [row["references"][title], row["num_images"], row["num_inference_steps"]]
+
+
+def record(run: Path, rows: Sequence[Row]) -> None:
+    """Rank 0: the rows of one evaluation in the training, and the newest scores by name; older images may go."""
+    for row in rows:
+        write_evaluation(run, row)
+    files.write_json(run / "scores.json", flat_scores(rows))
+    forget_older(run, rows[0]["step"])
+
+
+def curves_of(row: Row) -> dict[str, float]:
+    """The numbers that change while a model learns, by the name of their curve: an image score's tells the guidance."""
+    prefix = f"guidance_{row['guidance_scale']:g}"
+    found: dict[str, float] = {}
+    for name, value in row["scores"].items():
+        head = name.partition("/")[0]
+        if head == "validation" or name.rpartition("/")[2].startswith("num_"):
+            continue  # of real images, or a number of them: always the same
+        shared = head.partition("@")[0] in OF_HELD_OUT
+        found[name if shared else f"{prefix}/{name}"] = float(value)
+    return found
+
+
+OF_CLASSIFIER = {  # its scores go without its name in scores.json
+    "accuracy": "class_accuracy",
+    "classifier/fid": "frechet_distance",
+    "classifier/kid": "kernel_distance",
+    "classifier/kid_standard_error": "kernel_distance_standard_error",
+    "classifier/precision": "precision",
+    "classifier/recall": "recall",
+    "classifier/density": "density",
+    "classifier/coverage": "coverage",
+    "classifier/fid_equal_n": "frechet_distance_equal_n",
+    "classifier/recall_equal_n": "recall_equal_n",
+    "classifier/coverage_equal_n": "coverage_equal_n",
+    "classifier/num_images_equal_n": "num_images_equal_n",
+    "classifier/num_reference_images": "num_train_images",
+}
+
+
+def flat_scores(rows: Sequence[Row]) -> dict[str, Any]:
+    """One model's rows by the names of scores.json: guidance_2/NAME of what was drawn, validation/NAME of real ones."""
+    flat: dict[str, Any] = {"checkpoint": rows[0]["checkpoint"], "ema": rows[0]["ema"]}
+    for row in rows:
+        prefix = f"guidance_{row['guidance_scale']:g}"
+        flat[f"{prefix}/num_images"] = row["num_images"]
+        for name, value in row["scores"].items():
+            head, _, rest = name.partition("/")
+            if head == "validation":
+                flat[f"validation/{OF_CLASSIFIER.get(rest, rest)}"] = value
+            elif head.partition("@")[0] in OF_HELD_OUT:
+                flat[name] = value
+            else:
+                flat[f"{prefix}/{OF_CLASSIFIER.get(name, name)}"] = value
+    return flat
