@@ -1,4 +1,4 @@
-"""What held-out images cost under the model: the variational bound, the ODE's likelihood, the bound in pixels.
+"""What held-out images cost under the model: its loss, the variational bound, the ODE's likelihood, pixels.
 
 Conventions, for latents z of the autoencoder as it gives them: z ~ q(z|x), one draw for each image; densities are of z,
 so the log-Jacobian of the scale is in them; the condition is the image's own, without guidance.  Every draw is a
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from pipeline import denoiser, files
 from pipeline.class_conditional import ClassConditionalPipeline
-from pipeline.config import DiffusionConfig, LikelihoodConfig
+from pipeline.config import DiffusionConfig
+from pipeline.config_evaluation import LikelihoodConfig
 from pipeline.data import draws
 from pipeline.data.draws import Purpose
 from pipeline.data.images import to_unit
 from pipeline.diffusion.bound import Bound, entropy_form, every_term, reverse_of, stratified_terms, variational_bound
 from pipeline.diffusion.likelihood import average, discretized_gaussian_nll
+from pipeline.diffusion.objectives import Objective
 from pipeline.diffusion.ode_likelihood import ode_nll
 from pipeline.diffusion.schedule import respaced
 from pipeline.metrics.plots import bound_plot
@@ -115,6 +117,30 @@ class Costs:
         with torch.no_grad():
             return Bound.joined([one(part) for part in self._parts(len(of.z_0))])
 
+    @torch.no_grad()
+    def losses(self, of: Encoded, asked: Sequence[Asked], objective: Objective, num_bands: int) -> Tensor:
+        """The training's loss of each image at one time from each band, lowest noise first.  float64 [N,num_bands].
+
+        Band b holds the u in [b, b+1) / num_bands that the objective makes its times of: with uniform timesteps, equal
+        parts of 0..T-1.  The mean over the bands estimates what training minimises, of these images.
+        """
+        found: list[Tensor] = []
+        for part in self._parts(len(of.z_0)):
+            indices, z_0 = of.indices[part], of.z_0[part]
+            u = [draws.uniforms(self.seed, Purpose.VALIDATION_TIMESTEP, index, num_bands) for index in indices]
+            network = self.network(asked[part])
+            bands: list[Tensor] = []
+            for band, of_band in enumerate(torch.from_numpy(np.stack(u)).unbind(dim=1)):
+                eps = [
+                    draws.normal(self.seed, Purpose.VALIDATION_NOISE, index, tuple(z_0.shape[1:]), fine=band)
+                    for index in indices
+                ]
+                noise = torch.from_numpy(np.stack(eps)).to(z_0.device)
+                noised = objective.noised(z_0, (band + of_band) / num_bands, noise)
+                bands.append(objective.loss(network(noised.z, noised.time), z_0, noise, noised)[0].double())
+            found.append(torch.stack(bands, dim=1))
+        return torch.cat(found)
+
     def ode(self, of: Encoded, asked: Sequence[Asked], num_probes: int | None, tolerance: float) -> tuple[Tensor, int]:
         """-ln p(z_0) of the probability-flow ODE, nats per element [N]; and the network's calls in a batch, at most.
 
@@ -159,6 +185,11 @@ class Costs:
         return [slice(i, min(i + self.batch_images, count)) for i in range(0, count, self.batch_images)]
 
 
+def counted(total: int, count: int) -> list[int]:
+    """Which of `total` held-out images are counted: `count` evenly spaced ones, the first and the last among them."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+
+
 def likelihood_scores(
     costs: Costs, config: LikelihoodConfig, train: Images, images: Images, asked: Sequence[Asked], *, plot: Path
 ) -> dict[str, float | int]:
@@ -171,8 +202,8 @@ def likelihood_scores(
     scale = costs.latent_scale
 
     def chosen(count: int) -> tuple[Encoded, list[Asked]]:
-        at = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
-        return costs.encode(images[at], at.tolist()), [asked[i] for i in at]
+        at = counted(len(images), count)
+        return costs.encode(images[at], at), [asked[i] for i in at]
 
     def add(name: str, nats: Tensor) -> None:
         mean, error = average(nats / math.log(2))

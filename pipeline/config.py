@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from pipeline.config_evaluation import EvaluationConfig, TrackingConfig
 from pipeline.presets import PRESETS
 from vae.config import FREE, Section, VaeConfig
 
@@ -570,56 +571,6 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=1000, gt=0, description="Optimizer steps between checkpoints.")
     keep_last: int = Field(default=3, gt=0, description="Newest checkpoints that stay.")
     keep_every_steps: int | None = Field(default=None, gt=0, description="Checkpoints at multiples of this stay too.")
-
-
-class LikelihoodConfig(Section):
-    """How many bits the held-out images cost under the model, without guidance."""
-
-    num_images: int = Field(
-        default=64, ge=0, description="Held-out images whose variational bound is estimated; 0: none."
-    )
-    num_timesteps: int | None = Field(
-        default=50, gt=1, description="Timesteps of the chain per image, stratified; null: all, which has least error."
-    )
-    chain_steps: tuple[Annotated[int, Field(gt=1)], ...] = Field(
-        default=(), description="Shorter chains whose bound is given too, by their number of steps."
-    )
-    ode_images: int = Field(
-        default=16, ge=0, description="Held-out images whose log-likelihood the probability-flow ODE gives; 0: none."
-    )
-    ode_probes: Annotated[int, Field(gt=0)] | None = Field(
-        default=1,
-        description="Random directions of Hutchinson's trace estimate; null: the exact trace, at one gradient for each "
-        "element of a latent.",
-    )
-    ode_tolerance: float = Field(
-        default=1e-3, gt=0, description="Error of a step of the solver: of z, and of the nats per element."
-    )
-
-
-class EvaluationConfig(Section):
-    """Pictures while training, and scores after it."""
-
-    every_steps: int = Field(default=1000, gt=0, description="Optimizer steps between sample pictures.")
-    num_images: int = Field(default=1000, gt=1, description="Images that evaluate draws for each guidance scale.")
-    guidance_scales: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        default=(1.0, 2.0), min_length=1, description="w in u + w (c - u); pictures use the last."
-    )
-    num_inference_steps: int = Field(default=50, gt=0, description="DDIM steps; a divisor of diffusion.num_timesteps.")
-    max_reference_images: int = Field(
-        default=50_000,
-        gt=1,
-        description="Real images at most that samples are compared with, evenly spaced over the set.",
-    )
-    batch_images: int = Field(default=100, gt=0, description="Images per sampler call.")
-    likelihood: LikelihoodConfig = LikelihoodConfig()
-
-
-class TrackingConfig(Section):
-    """What is written down while training."""
-
-    every_steps: int = Field(default=10, gt=0, description="Optimizer steps between rows of metrics.jsonl.")
-    tensorboard: bool = Field(default=True, description="Write RUN/tensorboard too.")
 
 
 class Config(Section):

@@ -1,7 +1,10 @@
-"""Score RUN/export against the real images: reconstruction, class accuracy, distances, coverage, near copies.
+"""Score a model against the real images: RUN/export, or with --checkpoint one of the run's checkpoints.
 
-The images drawn are kept in RUN/evaluation, so an interrupted evaluation goes on where it was.  Results:
-RUN/scores.json and pictures in RUN/evaluation.
+The images drawn are kept in RUN/evaluation, so an interrupted evaluation goes on where it was.  Results: a row for each
+guidance scale in RUN/evaluations.jsonl, all of the newest in RUN/scores.json, pictures in RUN/evaluation.
+
+--compare A B draws nothing that is there: paired differences of two models' images, with intervals.  A and B are export
+folders, folders of kept images (RUN/evaluation/step-...), or run folders, of which the newest kept images are taken.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,189 +27,170 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from pipeline import files, program, sampler
+from pipeline.average import checkpoint_pipeline, find_average
 from pipeline.bounds import Costs, likelihood_scores
 from pipeline.class_conditional import ClassConditionalPipeline
+from pipeline.comparison import compare, show_comparison
 from pipeline.config import Config
-from pipeline.data.dataset import evenly, read_told
-from pipeline.data.images import to_unit
-from pipeline.data.index import ShardSet
+from pipeline.data.images import to_pixels, to_unit
 from pipeline.denoising import DENOISING, ROWS, save_denoising
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
-from pipeline.metrics.classifier import ImageClassifier
-from pipeline.metrics.neighbours import nearest
+from pipeline.evaluation import Evaluation, Model, flat_scores, own_conditions
+from pipeline.kept_images import KeptImages
+from pipeline.metrics.distances import frechet_distance
+from pipeline.metrics.neighbours import nearest, nearest_features
 from pipeline.metrics.pictures import neighbours_picture
-from pipeline.metrics.scores import image_scores
+from pipeline.metrics.scores import pixel_scores
 from pipeline.model_card import note_scores
-from pipeline.real_images import read_sets
+from pipeline.real_features import see_all
 from pipeline.reporting.page import keep_report
 from pipeline.run_folder import check_same
-from pipeline.sampler import PASSPORT, Asked
+from pipeline.sampler import PASSPORT
+from pipeline.tracking import Row, write_evaluation
 from vae.metrics import psnr, reconstruct
-from vae.tiles import tile_of
+from vae.tiles import in_tiles
 
-Scores = dict[str, float | int | str]
+Scores = dict[str, Any]
 NEIGHBOURS, NEIGHBOUR_SAMPLES = 4, 10  # of the picture: nearest training images, samples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, give the exit code."""
     made = program.config_parser("evaluate", __doc__ or "")
+    made.add_argument(
+        "--checkpoint", metavar="NAME", help="of the run, such as step-000001000, or newest; no export needed"
+    )
+    made.add_argument("--ema", metavar="NAME", help="with --checkpoint: which average (default: the config's first)")
+    made.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="A less B, with 95%% intervals")
+    made.add_argument("--resamples", type=int, default=1000, help="with --compare: of the bootstrap (default 1000)")
     return program.run_config(made, argv, evaluate, None)
 
 
 def evaluate(config: Config, args: argparse.Namespace) -> None:
-    """export → images of each guidance scale → scores beside those of the real validation images."""
-    del args
+    """A model → images of each guidance scale → rows and scores beside those of the real validation images."""
     engine = Engine(config.engine)
     run = Path(config.run_dir)
-    if config.data.validation_images is None:
-        raise UsageError("data.validation_images: evaluate compares with held-out images; name their folder")
-    pipe = sampler.open_export(run / "export", engine.device, tile_pixels=config.vae.tile_pixels)
+    if args.ema is not None and args.checkpoint is None:
+        raise UsageError("--ema: an export has one average; give --checkpoint too, or export another one")
+    if args.compare is not None:
+        if args.checkpoint is not None:
+            raise UsageError("--checkpoint: --compare came with it, which is told folders; leave one of them out")
+        found = compare(Evaluation(engine, config), *args.compare, num_resamples=args.resamples)
+        engine.main_does(lambda: show_comparison(found, run / "evaluation" / "comparison.json"))
+        return
     check_same(run, config, ("conditioning", "diffusion"))
-    asked = asked_of(config)
-    drawn = {scale: draw_all(engine, config, pipe, asked, scale) for scale in config.evaluation.guidance_scales}
-    engine.wait()
+    pipe, model = checkpoint_of(engine, config, args) if args.checkpoint else export_of(engine, config)
+    evaluation = Evaluation(engine, config)
+    rows = evaluation.score(pipe, model, lambda: True, in_training=False)
+    assert rows is not None  # nobody told it to stop
+    kept = evaluation.kept(pipe, str(model.checkpoint))
 
-    def score() -> None:
-        scores = score_all(config, pipe, asked, drawn)
+    def finish() -> None:
+        for row in rows:
+            write_evaluation(run, row)
+        scores = flat_scores(rows) | with_pixels(config, pipe, evaluation, kept)
+        set_beside(scores, rows)
         files.write_json(run / "scores.json", scores)
-        note_scores(run / "export", scores)
-        rows = sampler.rows_of(config, ROWS)
-        save_denoising(run / "evaluation" / DENOISING, pipe, rows, config, title=f"checkpoint {scores['checkpoint']}")
+        if not args.checkpoint:
+            note_scores(run / "export", scores)
+        save_denoising(
+            run / "evaluation" / DENOISING,
+            pipe,
+            sampler.rows_of(config, ROWS),
+            config,
+            title=f"checkpoint {model.checkpoint}",
+        )
         keep_report(run)
         show(scores, config, run)
 
-    engine.main_does(score)
+    engine.main_does(finish)
 
 
-def asked_of(config: Config) -> list[Asked]:
-    """What each image is asked to show: the classes in turn, or what held-out samples say, evenly spaced over the set.
-
-    So every beginning of the classes is balanced.
-    """
-    condition, data, count = config.conditioning, config.data, config.evaluation.num_images
-    if condition.text is None:
-        return [Asked(i % condition.num_classes) for i in range(count)]
-    with blame("data.validation_images"):
-        shards = ShardSet(str(data.validation_images), open_shards=1, remote=data.remote)
-        found = [Asked(*both) for both in read_told(shards, evenly(shards, count)) if both[1] is not None]
-        if not found or (condition.has_class and any(asked.label is None for asked in found)):
-            raise UsageError("it has no captions (.txt) or labels (.cls), which conditioning.kind wants")
-    return [found[i % len(found)] for i in range(count)]
+def export_of(engine: Engine, config: Config) -> tuple[ClassConditionalPipeline, Model]:
+    """RUN/export."""
+    folder = Path(config.run_dir) / "export"
+    pipe = sampler.open_export(folder, engine.device, tile_pixels=config.vae.tile_pixels)
+    passport = files.read_json(folder / PASSPORT)
+    return pipe, Model.of_checkpoint(str(passport["checkpoint"]), str(passport["ema"]))
 
 
-def draw_all(
-    engine: Engine, config: Config, pipe: ClassConditionalPipeline, asked: Sequence[Asked], guidance_scale: float
-) -> list[Path]:
-    """Draw this rank's share of the images of one guidance scale; give the files of all of them, in order.
-
-    A file's name tells all that its content depends on, so what is there is right.
-    """
-    settings, run = config.evaluation, Path(config.run_dir)
-    passport = files.read_json(run / "export" / PASSPORT)
-    key = files.fingerprint(
-        {
-            "export": passport,
-            "seed": config.seed,
-            "guidance": guidance_scale,
-            "steps": settings.num_inference_steps,
-            "tile_pixels": tile_of(config.data.image_size, config.vae.tile_pixels),
-            "asked": asked,
-        }
-    )[:12]
-    folder = run / "evaluation" / f"{passport['checkpoint']}-guidance-{guidance_scale:g}-{key}"
-    starts = range(0, len(asked), settings.batch_images)
-    paths = [folder / f"{start:07d}-{min(start + settings.batch_images, len(asked)):07d}.npy" for start in starts]
-    with tqdm(
-        total=len(asked),
-        desc=f"sample at guidance {guidance_scale:g}",
-        unit=" images",
-        dynamic_ncols=True,
-        disable=not engine.is_main,
-    ) as bar:
-        for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
-            indices = range(start, min(start + settings.batch_images, len(asked)))
-            if number % engine.num_ranks == engine.rank and not path.exists():
-                pixels = sampler.draw(
-                    pipe,
-                    asked[start : indices.stop],
-                    indices,
-                    seed=config.seed,
-                    guidance_scale=guidance_scale,
-                    num_inference_steps=settings.num_inference_steps,
-                    batch_images=settings.batch_images,
-                )
-                with files.whole(path) as aside, aside.open("wb") as file:
-                    np.save(file, pixels, allow_pickle=False)
-            bar.update(len(indices))
-    return paths
+def checkpoint_of(engine: Engine, config: Config, args: argparse.Namespace) -> tuple[ClassConditionalPipeline, Model]:
+    """A checkpoint of the run, by its name, with one of its averages."""
+    step = re.fullmatch(r"(?:step-)?(\d+)|newest", args.checkpoint)
+    if step is None:
+        raise UsageError(f"--checkpoint: {args.checkpoint!r} came; step-000001000 or newest was wanted")
+    average = find_average(config, args.ema, int(step[1]) if step[1] else None)
+    pipe = checkpoint_pipeline(config, average)
+    with blame("vae.tile_pixels"):
+        in_tiles(pipe.vae, config.vae.tile_pixels)
+    return pipe.to(engine.device), Model.of_checkpoint(average.found.path.name, average.name)
 
 
-def score_all(
-    config: Config, pipe: ClassConditionalPipeline, asked: Sequence[Asked], drawn: dict[float, list[Path]]
+def with_pixels(
+    config: Config, pipe: ClassConditionalPipeline, evaluation: Evaluation, kept: Sequence[KeptImages]
 ) -> Scores:
-    """Metric name → value, for the reconstructions, the validation images and each guidance scale."""
-    run = Path(config.run_dir)
-    passport = files.read_json(run / "export" / PASSPORT)
-    in_train = read_sets("data.train_images", config.data.train_images, config)
-    held_out = read_sets("data.validation_images", (str(config.data.validation_images),), config)
-    train, validation = in_train.pixels, held_out.pixels
-    classifier = None
-    if in_train.labels is None:
-        program.say("the images have no labels: no classifier is fitted, and its features' scores are left out")
+    """What an evaluation in the training leaves out: it wants the real pixels, or an hour."""
+    run, train, held_out = Path(config.run_dir), evaluation.train.shown, evaluation.held_out.shown
+    scores: Scores = autoencoder_scores(config, pipe.vae, evaluation)
+    sets = {"validation": held_out.pixels}
+    sets |= {f"guidance_{each.guidance_scale:g}": np.concatenate([*map(each.read, each.portions)]) for each in kept}
+    for prefix, images in sets.items():
+        found = pixel_scores(train.pixels, images, held_out.pixels)
+        found |= {"num_images": len(images), "num_train_images": len(train.pixels)}
+        scores |= {f"{prefix}/{name}": value for name, value in found.items()}
+        if prefix != "validation":
+            draw_neighbours(run / "evaluation" / f"nearest-{prefix}.png", evaluation, images[:NEIGHBOUR_SAMPLES])
+    program.say("counting the bits of held-out images")
+    costs = Costs(pipe, config.diffusion, config.seed, config.evaluation.batch_images)
+    own = own_conditions(config, held_out)
+    plot = run / "evaluation" / "bound.png"
+    return scores | likelihood_scores(
+        costs, config.evaluation.likelihood, train.pixels, held_out.pixels, own, plot=plot
+    )
+
+
+def autoencoder_scores(config: Config, vae: AutoencoderKL, evaluation: Evaluation) -> Scores:
+    """How well it gives held-out images back: mean PSNR, and in features the distance of what comes back."""
+    images, size = evaluation.held_out.shown.pixels, config.evaluation.batch_images
+    decibels: list[torch.Tensor] = []
+    pixels: list[NDArray[np.uint8]] = []
+    for start in range(0, len(images), size):
+        x = torch.from_numpy(to_unit(images[start : start + size])).to(vae.device)
+        x_hat = reconstruct(vae, x)
+        decibels.append(psnr(x_hat, x).cpu())
+        pixels.append(to_pixels(x_hat.cpu()))
+    scores: Scores = {"vae/psnr_db": float(torch.cat(decibels).mean()), "vae/num_images": len(images)}
+    for title, looked in evaluation.looked.items():
+        features = see_all(looked.network, np.concatenate(pixels), size, f"{title} sees reconstructions")["features"]
+        scores[f"vae/{title}/fid"] = frechet_distance(looked.held_out.features, features)
+    return scores
+
+
+def draw_neighbours(path: Path, evaluation: Evaluation, samples: NDArray[np.uint8]) -> None:
+    """Samples beside the training images nearest in the first network's features; in pixels where there is none."""
+    train = evaluation.train.shown.pixels
+    count = min(NEIGHBOURS, len(train))
+    looked = next(iter(evaluation.looked.values()), None)
+    if looked is None:
+        found, _ = nearest(train, samples, count)
     else:
-        program.say("fitting the classifier on the real training images")
-        classifier = ImageClassifier(config.seed).fit(train, in_train.labels)
-    scores: Scores = {
-        "checkpoint": str(passport["checkpoint"]),
-        "ema": str(passport["ema"]),
-        "vae/psnr_db": mean_psnr(pipe.vae, validation, config.evaluation.batch_images),
-        "vae/num_images": len(validation),
-    }
+        found = nearest_features(looked.train.features, looked.network.see(samples).features, count)
+    with files.whole(path) as aside:
+        neighbours_picture(samples, train, found).save(aside, format="PNG")
 
-    def add(prefix: str, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
-        found = image_scores(classifier, train, images, labels, validation_images=validation, seed=config.seed)
-        scores.update({f"{prefix}/{name}": value for name, value in found.items()})
 
-    add("validation", validation, held_out.labels)
-    for guidance_scale, paths in drawn.items():
-        images = np.concatenate([np.load(path, allow_pickle=False) for path in paths])
-        prefix = f"guidance_{guidance_scale:g}"
-        add(prefix, images, labels_of(asked))
-        for name in ("recall", "coverage"):  # at equal numbers of images: both grow with the number
+def set_beside(scores: Scores, rows: Sequence[Row]) -> None:
+    """Recall and coverage as shares of those of the held-out images, at equal numbers: both grow with the number."""
+    for row in rows:
+        prefix = f"guidance_{row['guidance_scale']:g}"
+        for name in ("recall", "coverage"):
             of_validation = float(scores.get(f"validation/{name}", 0))
             if f"{prefix}/{name}_equal_n" in scores and of_validation > 0:
                 share = float(scores[f"{prefix}/{name}_equal_n"]) / of_validation
                 scores[f"{prefix}/{name}_of_validation"] = share
-        first = images[:NEIGHBOUR_SAMPLES]
-        found, _ = nearest(train, first, min(NEIGHBOURS, len(train)))
-        with files.whole(run / "evaluation" / f"nearest-{prefix}.png") as aside:
-            neighbours_picture(first, train, found).save(aside, format="PNG")
-    program.say("counting the bits of held-out images")
-    costs = Costs(pipe, config.diffusion, config.seed, config.evaluation.batch_images)
-    plot = run / "evaluation" / "bound.png"
-    labels = [None] * len(validation) if held_out.labels is None else held_out.labels.tolist()
-    own = [Asked(*both) for both in zip(labels, held_out.captions or [None] * len(labels), strict=True)]
-    return scores | likelihood_scores(costs, config.evaluation.likelihood, train, validation, own, plot=plot)
-
-
-def labels_of(asked: Sequence[Asked]) -> NDArray[np.int64] | None:
-    """The classes asked for, int64 [N]; None where one has none."""
-    labels = [one.label for one in asked]
-    return None if None in labels else np.array(labels, dtype=np.int64)
-
-
-def mean_psnr(vae: AutoencoderKL, images: NDArray[np.uint8], batch_images: int) -> float:
-    """Mean over images of the reconstruction's PSNR in dB, from the posterior's mean."""
-    values: list[torch.Tensor] = []
-    for start in range(0, len(images), batch_images):
-        x = torch.from_numpy(to_unit(images[start : start + batch_images])).to(vae.device)
-        values.append(psnr(reconstruct(vae, x), x).cpu())
-    return float(torch.cat(values).mean())
 
 
 def show(scores: Scores, config: Config, run: Path) -> None:

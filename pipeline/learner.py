@@ -145,18 +145,22 @@ class Learner:
             for model, core in self.models.items()
         }
 
-    def averaged(self, model: str) -> dict[str, Tensor]:
-        """A model's whole weights of the first average, fp32 on the host of rank 0; {} on the others.  A collective."""
-        return self.whole(model, next(iter(self.ema.shadows.values())))
+    def averaged(self, model: str, *, everywhere: bool = False) -> dict[str, Tensor]:
+        """A model's whole weights of the first average, fp32 on the host of rank 0; {} on the others.  A collective.
 
-    def whole(self, model: str, local: list[Tensor] | None = None) -> dict[str, Tensor]:
+        everywhere: on every rank's host.
+        """
+        return self.whole(model, next(iter(self.ema.shadows.values())), everywhere=everywhere)
+
+    def whole(self, model: str, local: list[Tensor] | None = None, *, everywhere: bool = False) -> dict[str, Tensor]:
         """The same of its weights themselves, or of an average's part on this rank."""
+        wanted = self.engine.is_main or everywhere
         found: dict[str, Tensor] = {}
         for whole_name, tensor in self.wrapped.full(self.wrapped.weights() if local is None else local):
             whose, name = self.places[whole_name]
-            if self.engine.is_main and whose == model:
+            if wanted and whose == model:
                 found[name] = tensor.detach().to("cpu", copy=True)
-        return found | (self.constant[model] if self.engine.is_main else {})
+        return found | (self.constant[model] if wanted else {})
 
     def _lists(self) -> list[tuple[StemOf, list[Tensor], bool]]:
         """Where each kind of tensors lies, this rank's own of them, and whether they are whole models."""

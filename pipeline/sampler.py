@@ -26,7 +26,7 @@ from pipeline.data.draws import Purpose, integer_seed
 from pipeline.data.images import to_pixels
 from pipeline.data.index import ShardSet
 from pipeline.denoiser import scheduler_of
-from pipeline.errors import UsageError, blame
+from pipeline.errors import RunError, UsageError, blame
 from pipeline.locks import Locks
 from pipeline.text import TextEncoders
 from vae import tiles
@@ -229,8 +229,16 @@ def draw_rows(
 def draw_batch(
     pipe: ClassConditionalPipeline, asked: Sequence[Asked], seeds: Sequence[int], **how: Any
 ) -> NDArray[np.uint8]:
-    """uint8 [B,H,W,3] in one call of the pipeline; `how`: its other arguments.  Raises ValueError as it does."""
+    """uint8 [B,H,W,3] in one call of the pipeline; `how`: its other arguments.
+
+    Raises ValueError as it does, and RunError for an image that is not finite.
+    """
     x = pipe(**told_of(pipe, asked), seeds=seeds, output_type="pt", **how)
     pixels = x.images if not isinstance(x, tuple) else x[0]
     assert isinstance(pixels, torch.Tensor)
+    if broken := (~pixels.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+        raise RunError(
+            f"{len(broken)} of {len(pixels)} drawn images hold a NaN or an infinity, first number {broken[0]} from 0; "
+            "the weights or the autoencoder are broken, or compute in too few bits"
+        )
     return to_pixels(pixels.cpu() * 2 - 1)

@@ -1,12 +1,20 @@
-"""What a run writes down: metrics.jsonl first, TensorBoard through Accelerate's tracker beside it."""
+"""What a run writes down: metrics.jsonl and evaluations.jsonl first, TensorBoard through Accelerate beside them."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline import files
+
+EVALUATIONS = "evaluations.jsonl"
+ROW_KEYS = ("step", "ema", "guidance_scale", "num_inference_steps", "num_images", "references")  # whose row it is
+
+Row = dict[str, Any]
 
 
 class Tracker:
@@ -20,6 +28,7 @@ class Tracker:
         path = folder / "metrics.jsonl"
         keep = [line for line in files.whole_lines(path) if json.loads(line)["step"] <= after_step]
         files.write_text(path, "".join(f"{line}\n" for line in keep))
+        forget_evaluations(folder, after_step)
         self.file = path.open("a", encoding="utf-8")
         if tensorboard:
             from accelerate.tracking import TensorBoardTracker
@@ -41,3 +50,39 @@ class Tracker:
             self.file.close()
         if self.board is not None:
             self.board.finish()
+
+
+# evaluations.jsonl --------------------------------------------------------------------------------
+
+
+def read_evaluations(run: Path) -> list[Row]:
+    """The rows of RUN/evaluations.jsonl, in order of step and guidance."""
+    return [json.loads(line) for line in files.whole_lines(run / EVALUATIONS)]
+
+
+def write_evaluation(run: Path, row: Row) -> None:
+    """Add a row to RUN/evaluations.jsonl, in the place of one of the same model, drawn and compared alike."""
+    with _alone(run):
+        kept = [each for each in read_evaluations(run) if any(each[key] != row[key] for key in ROW_KEYS)]
+        _write(run, sorted([*kept, row], key=lambda each: (each["step"], each["guidance_scale"])))
+
+
+def forget_evaluations(run: Path, after_step: int) -> None:
+    """Drop the rows of later steps: they belong to work that was lost."""
+    if (run / EVALUATIONS).exists():
+        with _alone(run):
+            _write(run, [row for row in read_evaluations(run) if row["step"] <= after_step])
+
+
+def _write(run: Path, rows: Sequence[Row]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    files.write_text(run / EVALUATIONS, "".join(lines))
+
+
+@contextmanager
+def _alone(run: Path) -> Generator[None]:
+    """Let no other process change the file: a person may evaluate a run that trains."""
+    with (run / f".{EVALUATIONS}.lock").open("a") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -45,6 +45,7 @@ from pipeline.denoising import DENOISING, save_denoising
 from pipeline.ema import profiles
 from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
+from pipeline.evaluation import Evaluation
 from pipeline.metrics.pictures import labelled_grid
 from pipeline.optim import UpdateRule, learning_rate_at
 from pipeline.pretrained import open_pretrained, resolved
@@ -204,24 +205,37 @@ def train(config: Config, args: argparse.Namespace) -> None:
             parts |= {"truncated_captions": batch["truncated"].float()}  # share of the captions that are too long
         return loss.mean(), {name: part.mean() for name, part in parts.items()}
 
+    def averaged(*, everywhere: bool) -> ClassConditionalPipeline | None:
+        """The trainer's own sampler with the first average, on rank 0 or on all ranks.  A collective."""
+        weights = {model: training.learner.averaged(model, everywhere=everywhere) for model in training.learner.models}
+        if not (everywhere or engine.is_main):
+            return None
+        unet_now = sampler.frozen_unet(unet.config, weights.pop("unet"), engine.device)
+        text_now = text.with_weights(weights) if text else None
+        pipe = sampler.assemble(unet_now, vae, latent_scale, config.diffusion, condition.class_names, text=text_now)
+        return pipe.to(engine.device)
+
     titled: Any = engine.main_does(lambda: sampler.rows_of(config, PICTURE_ROWS))
     rows = [(title, Asked(*ask)) for title, ask in titled]
-    for step in training.steps(loss_of):
-        if step % config.evaluation.every_steps == 0:
-            averaged = {model: training.learner.averaged(model) for model in training.learner.models}
-            if engine.is_main:
-                unet_now = sampler.frozen_unet(unet.config, averaged.pop("unet"), engine.device)
-                text_now = text.with_weights(averaged) if text else None
-                pipe = sampler.assemble(
-                    unet_now, vae, latent_scale, config.diffusion, condition.class_names, text=text_now
-                )
-                if preview is not None:
-                    pipe.register_modules(vae=preview)
-                save_picture(run, step, config, pipe.to(engine.device), rows)
-                save_denoising(run / "evaluation" / DENOISING, pipe, rows, config, title=f"step {step}")
-                keep_report(run)
-                if text is not None and conditioning.is_cached:
-                    text.to(torch.device("cpu"))
+    evaluation = Evaluation(engine, config) if config.evaluation.scores_every_steps else None
+    average, taken_up = profiles(config.ema)[0].name, training.step
+    for step in training.steps(loss_of, again=evaluation is not None):
+        is_shown = step % config.evaluation.every_steps == 0 and step != taken_up
+        is_scored = evaluation is not None and evaluation.is_due(step) and not evaluation.is_recorded(step, average)
+        if not (is_shown or is_scored):
+            continue
+        pipe = averaged(everywhere=is_scored)
+        if is_shown and engine.is_main and pipe is not None:
+            pipe.register_modules(vae=preview or vae)
+            save_picture(run, step, config, pipe, rows)
+            save_denoising(run / "evaluation" / DENOISING, pipe, rows, config, title=f"step {step}")
+            pipe.register_modules(vae=vae)
+        if is_scored and evaluation is not None and pipe is not None:
+            evaluation.in_training(pipe, step, average, training.go_on, training.journal.note)
+        if engine.is_main:
+            keep_report(run)
+        if text is not None and conditioning.is_cached:
+            text.to(torch.device("cpu"))
     engine.main_does(lambda: write_status(run, "done", step=config.train.steps))
     if engine.is_main:
         keep_report(run)

@@ -100,6 +100,7 @@ class Training:
         self.engine, self.run, self.samples, self.course = engine, run, samples, course
         self.config, self.record, self.carried = config, record, dict(carried or {})
         self.step, self.num_spikes, self.micro, replaced = 0, 0, 0, Count()
+        self.cut_short = False  # whether something beside the steps was told to stop, and is to be gone on with
         self.data = DataState(
             position=0,
             seed=samples.seed,
@@ -162,9 +163,10 @@ class Training:
                     "was begun with, or choose another run_dir"
                 )
 
-    def steps(self, loss_of: LossOf) -> Iterator[int]:
+    def steps(self, loss_of: LossOf, *, again: bool = False) -> Iterator[int]:
         """Take the steps that are left; give the number of steps made after each, before it is saved.
 
+        again: give that of the checkpoint first that was taken up, for what was cut short after it.
         Raises PreemptedError when it was told to stop, after saving.
         """
         share = self.course.rank_share(self.engine.num_ranks)
@@ -174,7 +176,13 @@ class Training:
             entered.callback(self.journal.close)
             stopping = entered.enter_context(Stopping(self.config.train.limit_s))
             watchdog = entered.enter_context(self._watchdog())
+            self._stopping, self._fed = stopping, watchdog.fed
             unread: Taken | None = None
+            if again and self.step:
+                yield self.step
+                watchdog.fed()
+                if self.journal.stop_code:
+                    raise PreemptedError(f"{REASONS[self.journal.stop_code - 1]} after step {self.step}")
             while self.step < self.course.steps:
                 taken = self._take([next(batches) for _ in range(num_micro)], loss_of, stopping.code())
                 if unread is not None:
@@ -192,10 +200,18 @@ class Training:
                         continue
                     self._save()
                     watchdog.fed()
-                if self.journal.stop_code and self.step < self.course.steps:
+                if self.journal.stop_code and (self.step < self.course.steps or self.cut_short):
                     self.finish_saving()
                     raise PreemptedError(f"{REASONS[self.journal.stop_code - 1]} after step {self.step}")
             self.finish_saving()
+
+    def go_on(self) -> bool:
+        """For long work between two steps, to ask now and then: False, and it has to end.  A collective."""
+        self._fed()
+        asked = [code for code in self.engine.gather(self._stopping.code()) if code]
+        self.journal.stop_code = self.journal.stop_code or next(iter(asked), 0)
+        self.cut_short = bool(self.journal.stop_code)
+        return not self.cut_short
 
     def _micro_batch(self, share: int, loss_of: LossOf) -> int:
         """Images of this rank in one forward pass."""

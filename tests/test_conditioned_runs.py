@@ -24,10 +24,11 @@ from transformers import CLIPTextModel
 from world import World, losses, small_config
 
 from pipeline import sampler
+from pipeline.average import checkpoint_pipeline, find_average
 from pipeline.config_file import load_config
 from pipeline.data import latents
 from pipeline.data.index import ShardSet
-from pipeline.export import DTYPES, checkpoint_pipeline, find_average
+from pipeline.export import DTYPES
 from pipeline.sampler import Asked
 from pipeline.text import TextEncoders
 

@@ -14,8 +14,8 @@ import pytest
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from world import World
 
+from pipeline.average import checkpoint_pipeline, find_average, newest_checkpoint
 from pipeline.config_file import load_config
-from pipeline.export import checkpoint_pipeline, find_average, newest_checkpoint
 
 ALONE = """
 import sys

@@ -25,7 +25,7 @@ VAE = """
 """
 LAYERS = {
     "L0 words": """
-        pipeline.errors pipeline.files pipeline.presets pipeline.config pipeline.config_file
+        pipeline.errors pipeline.files pipeline.presets pipeline.config_evaluation pipeline.config pipeline.config_file
     """,
     "L1 parts": """
         pipeline
@@ -45,7 +45,8 @@ LAYERS = {
         pipeline.planning.gpus
         pipeline.metrics pipeline.metrics.arrays pipeline.metrics.classifier pipeline.metrics.distances
         pipeline.metrics.manifold pipeline.metrics.neighbours pipeline.metrics.pictures pipeline.metrics.plots
-        pipeline.metrics.scores
+        pipeline.metrics.scores pipeline.metrics.answers pipeline.metrics.paired
+        pipeline.features
     """,
     "L2 running": """
         pipeline.strategies pipeline.strategies.choice pipeline.strategies.wrapped pipeline.strategies.precision
@@ -58,7 +59,8 @@ LAYERS = {
         pipeline.painting pipeline.panel
         pipeline.locks pipeline.encoder pipeline.encoding pipeline.real_images
         pipeline.autoencoder pipeline.reconstruction pipeline.measuring pipeline.preflight
-        pipeline.provenance pipeline.denoising
+        pipeline.provenance pipeline.average pipeline.portions pipeline.kept_images pipeline.real_features
+        pipeline.evaluation pipeline.comparison pipeline.denoising
         pipeline.reporting pipeline.reporting.thin pipeline.reporting.words pipeline.reporting.rows
         pipeline.reporting.images pipeline.reporting.charts pipeline.reporting.evaluations
         pipeline.reporting.gather pipeline.reporting.tables pipeline.reporting.page
@@ -75,7 +77,8 @@ ALONE = {
     "pipeline.errors": (),
     "pipeline.files": (),
     "pipeline.presets": (),
-    "pipeline.config": ("vae.config", "pipeline.presets"),
+    "pipeline.config_evaluation": ("vae.config",),
+    "pipeline.config": ("vae.config", "pipeline.presets", "pipeline.config_evaluation"),
     "pipeline.diffusion": ("pipeline.diffusion",),
     "pipeline.metrics": ("pipeline.metrics",),
     "vae": ("vae",),

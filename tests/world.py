@@ -55,6 +55,8 @@ def small_config(root: Path) -> dict[str, Any]:
             "num_images": 20,
             "num_inference_steps": 2,
             "batch_images": 8,
+            "cache_dir": str(root / "cache"),
+            "loss_images": 20,
             "likelihood": {"num_images": 8, "num_timesteps": 5, "ode_images": 0},
         },
         "tracking": {"every_steps": 1, "tensorboard": False},

@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     TRANSFORM = 18
     EVIDENCE_POSTERIOR = 19
     EVIDENCE_FIT = 20
+    VALIDATION_TIMESTEP = 21
+    VALIDATION_NOISE = 22
 
 
 def stream(seed: int, purpose: Purpose, place: int, *, fine: int = 0, finer: int = 0) -> np.random.Philox:

@@ -6,11 +6,13 @@ features of a pretrained network instead, and everything else in this package ta
 """
 
 import warnings
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
@@ -19,6 +21,7 @@ from pipeline.metrics.arrays import Images, check_images, check_same_size
 _THUMBNAIL_SIDE_PIXELS = 16
 _CHUNK_IMAGES = 256  # at 512 px, 256 images are 0.8 GB as float32
 _NUM_EPOCHS = 20
+_NUM_LAYERS = 3
 
 
 class ImageClassifier:
@@ -33,7 +36,7 @@ class ImageClassifier:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._mlp: MLPClassifier | None = None
+        self._layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None  # weight, bias of each
 
     def fit(self, images: Images, labels: NDArray[np.integer]) -> Self:
         """images uint8 [N, H, W, 3], labels integer [N]; any H, W, any integers as classes.
@@ -59,9 +62,33 @@ class ImageClassifier:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             mlp.fit(inputs, targets)
-        self._mlp = mlp
+        layers = zip(mlp.coefs_, mlp.intercepts_, strict=True)
+        self._layers = [(w.astype(np.float32), b.astype(np.float32)) for w, b in layers]
+        self._classes = classes.astype(np.int64)
         self._feature_scale = 1.0
         self._feature_scale = max(float(np.sqrt(np.mean(self.features(images) ** 2))), 1e-6)
+        return self
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that `fit` found, as arrays by name, for `load`."""
+        layers = self._layers_fitted()
+        return {
+            "size": np.array(self._reference.shape[1:3]),
+            "mean": self._mean,
+            "std": np.array(self._std),
+            "classes": self._classes,
+            "feature_scale": np.array(self._feature_scale),
+            **{f"weight_{i}": weight for i, (weight, _) in enumerate(layers)},
+            **{f"bias_{i}": bias for i, (_, bias) in enumerate(layers)},
+        }
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> Self:
+        """Be the classifier that `state` was taken of."""
+        height, width = (int(side) for side in state["size"])
+        self._reference = np.zeros((1, height, width, 3), dtype=np.uint8)
+        self._mean, self._std = state["mean"], state["std"].item()
+        self._classes, self._feature_scale = state["classes"], state["feature_scale"].item()
+        self._layers = [(state[f"weight_{i}"], state[f"bias_{i}"]) for i in range(_NUM_LAYERS)]
         return self
 
     def predict(self, images: Images) -> NDArray[np.int64]:
@@ -69,8 +96,21 @@ class ImageClassifier:
 
         Raises ValueError before `fit`, for a misshapen or empty set, and for another size than was fitted on.
         """
-        mlp, inputs = self._fitted(images)
-        return np.asarray(mlp.predict(inputs), dtype=np.int64)
+        return self.classes[self.probabilities(images).argmax(axis=1)]
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        """The labels it knows, in order, int64 [K]."""
+        self._layers_fitted()
+        return self._classes
+
+    def probabilities(self, images: Images) -> NDArray[np.float64]:
+        """How likely it takes each class to be, float64 [N, K], the classes in order; ValueError as in `predict`."""
+        weight, bias = self._layers_fitted()[-1]
+        logits = (self._hidden(images) @ weight + bias).astype(np.float64)
+        if logits.shape[1] == 1:  # of two classes scikit-learn has one output, the second one's
+            logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+        return softmax(logits, axis=1)
 
     def features(self, images: Images) -> NDArray[np.float32]:
         """Last hidden activations, float32 [N, 64], of images uint8 [N, H, W, 3]; ValueError as in `predict`.
@@ -78,10 +118,7 @@ class ImageClassifier:
         Divided by their root mean square over the training images: how large a hidden layer's numbers are is
         an accident of its training, and would set the size of every distance measured on them.
         """
-        mlp, hidden = self._fitted(images)
-        for weight, bias in zip(mlp.coefs_[:-1], mlp.intercepts_[:-1], strict=True):
-            hidden = np.maximum(hidden @ weight + bias, 0.0)  # [N, width of the layer]
-        return (hidden / self._feature_scale).astype(np.float32)
+        return (self._hidden(images) / self._feature_scale).astype(np.float32)
 
     def accuracy(self, images: Images, labels: NDArray[np.integer]) -> float:
         """Share in [0, 1] of images, uint8 [N, H, W, 3], whose predicted class is their label in [N]."""
@@ -89,12 +126,20 @@ class ImageClassifier:
         _check_labels(labels, images)
         return float(np.mean(self.predict(images) == labels))
 
-    def _fitted(self, images: Images) -> tuple[MLPClassifier, NDArray[np.float32]]:
-        if self._mlp is None:
-            raise ValueError("the classifier is not fitted yet: call fit(images, labels) first")
+    def _hidden(self, images: Images) -> NDArray[np.float32]:
+        """[N, 64]."""
+        layers = self._layers_fitted()
         check_images(images, "images")
         check_same_size(images, self._reference, "images")
-        return self._mlp, self._standardized(_thumbnails(images))
+        hidden = self._standardized(_thumbnails(images))
+        for weight, bias in layers[:-1]:
+            hidden = np.maximum(hidden @ weight + bias, 0.0)  # [N, width of the layer]
+        return hidden
+
+    def _layers_fitted(self) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        if self._layers is None:
+            raise ValueError("the classifier is not fitted yet: call fit(images, labels) first")
+        return self._layers
 
     def _standardized(self, thumbnails: NDArray[np.float32]) -> NDArray[np.float32]:
         """[N, 3, h, w] → [N, 3·h·w]."""

@@ -1,21 +1,21 @@
 """How far apart two sets of features are: one number for two sets, about 0 when they share a source."""
 
-import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from pipeline.metrics.arrays import Features, check_features
 
 
 class KernelDistance(NamedTuple):
-    """Mean and standard deviation of the squared MMD over random subsets."""
+    """A squared MMD and how far chance moves it."""
 
-    mean: float
-    std: float
+    value: float
+    standard_error: float
 
 
 def frechet_distance(real: Features, fake: Features) -> float:
@@ -37,37 +37,72 @@ def frechet_distance(real: Features, fake: Features) -> float:
     return max(0.0, float(metric.compute()))
 
 
-def kernel_distance(
-    real: Features, fake: Features, seed: int, num_subsets: int = 100, subset_size: int | None = None
-) -> KernelDistance:
-    """Unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, section 4).
+def kernel_distance(real: Features, fake: Features, *, rows_at_once: int = 1024) -> KernelDistance:
+    """Unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, section 4), in float64.
 
-    real [N, D], fake [M, D], floating point; on Inception features this is the KID. Without bias, so its mean
-    may be compared between different N, and may be slightly negative. Subsets are drawn without replacement,
-    a pure function of the seed; the global random state is left as it was. `subset_size` None: half the
-    smaller set but at most 1,000, so that subsets differ from one another.
-    Raises ValueError where a set holds fewer samples than a subset, or a subset fewer than two, and for
-    different widths, a NaN or an infinity.
+    Σ_{i≠j} k(x_i, x_j) / N(N-1) + Σ_{i≠j} k(y_i, y_j) / M(M-1) - 2 Σ k(x_i, y_j) / NM (Gretton et al. 2012, eq. 3), of
+    all pairs instead of random subsets, so that nothing is drawn and none is left out.  Without bias: its value may be
+    compared between different N, and may be slightly negative.  Its standard error is the jackknife's: of leaving out
+    each sample of each set once.
+
+    real [N, D], fake [M, D], floating point; on Inception features this is the KID.  Kernel values are held
+    `rows_at_once` rows at a time.
+    Raises ValueError for fewer than three samples, different widths, a NaN or an infinity.
     """
-    real, fake = check_features(real, fake, min_samples=2)
-    smaller = min(len(real), len(fake))
-    size = max(2, min(1000, smaller // 2)) if subset_size is None else subset_size
-    if not 2 <= size <= smaller:
-        raise ValueError(f"subset_size must be in 2..{smaller} (the smaller set), got {size}")
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets must be at least 1, got {num_subsets}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        metric = KernelInceptionDistance(
-            _GivenFeatures(real.shape[1]), subsets=num_subsets, subset_size=size, sync_on_compute=False
-        )
-    metric.update(torch.from_numpy(real), real=True)
-    metric.update(torch.from_numpy(fake), real=False)
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the accelerators too: their state isn't forked here.
-        torch.random.default_generator.manual_seed(seed)
-        mean, std = metric.compute()
-    return KernelDistance(float(mean), float(std))
+    real, fake = check_features(real, fake, min_samples=3)
+    sums = KernelSums.of(real, fake, rows_at_once)
+    n, m = len(real), len(fake)
+    whole = sums.value()
+    # Of the sums over all pairs, leaving a sample out takes its own row away: no kernel value is computed again.
+    without_real = _mmd(
+        sums.real.sum() - 2 * sums.real, sums.fake.sum(), sums.real_fake.sum() - sums.real_fake, n - 1, m
+    )
+    without_fake = _mmd(
+        sums.real.sum(), sums.fake.sum() - 2 * sums.fake, sums.real_fake.sum() - sums.fake_real, n, m - 1
+    )
+    variance = (n - 1) * without_real.var() + (m - 1) * without_fake.var()
+    return KernelDistance(whole, float(np.sqrt(variance)))
+
+
+def cubic_kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(x·y / D + 1)³ of every pair: x [N, D], y [M, D] → [N, M]."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+class KernelSums(NamedTuple):
+    """For each sample, the sum of its kernel values with the others of its set, and with all of the other set."""
+
+    real: NDArray[np.float64]  # [N], without itself
+    fake: NDArray[np.float64]  # [M], without itself
+    real_fake: NDArray[np.float64]  # [N]
+    fake_real: NDArray[np.float64]  # [M]
+
+    @classmethod
+    def of(cls, real: NDArray[np.float64], fake: NDArray[np.float64], rows_at_once: int) -> "KernelSums":
+        """real [N, D], fake [M, D]."""
+        of_fake = np.zeros(len(fake))
+        of_real: list[NDArray[np.float64]] = []
+        for start in range(0, len(real), rows_at_once):
+            values = cubic_kernel(real[start : start + rows_at_once], fake)
+            of_real.append(values.sum(axis=1))
+            of_fake += values.sum(axis=0)
+        within = [_sums_within(each, rows_at_once) for each in (real, fake)]
+        return cls(within[0], within[1], np.concatenate(of_real), of_fake)
+
+    def value(self) -> float:
+        """The squared MMD."""
+        return float(_mmd(self.real.sum(), self.fake.sum(), self.real_fake.sum(), len(self.real), len(self.fake)))
+
+
+def _sums_within(x: NDArray[np.float64], rows_at_once: int) -> NDArray[np.float64]:
+    starts = range(0, len(x), rows_at_once)
+    rows = [cubic_kernel(x[start : start + rows_at_once], x).sum(axis=1) for start in starts]
+    return np.concatenate(rows) - (np.square(x).sum(axis=1) / x.shape[1] + 1) ** 3
+
+
+def _mmd(real: Any, fake: Any, both: Any, n: int, m: int) -> Any:
+    """From sums of kernel values: over ordered pairs within each set, and over all pairs of one of each."""
+    return real / (n * (n - 1)) + fake / (m * (m - 1)) - 2 * both / (n * m)
 
 
 class _GivenFeatures(torch.nn.Module):

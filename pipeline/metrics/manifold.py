@@ -76,6 +76,25 @@ def manifold(
     )
 
 
+def fidelity_by_image(
+    real: Features, fake: Features, k_precision: int = 3, k_density: int = 5, chunk_mib: int = 512
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """What precision and density are the means of: for each fake, bool [M] and float64 [M]; see `manifold`."""
+    k_max = max(k_precision, k_density)
+    real, fake = check_features(real, fake, min_samples=1)
+    check_features(real, real, min_samples=k_max + 1)
+    radii_sq = _radii_squared(real, k_max)
+    slack = 1e-12 * max(float(np.square(real).sum(1).max()), float(np.square(fake).sum(1).max()))
+    is_precise, num_balls = np.zeros(len(fake), dtype=bool), np.zeros(len(fake))
+    start = 0
+    for distances_sq in pairwise_distances_chunked(real, fake, working_memory=chunk_mib, squared=True):
+        rows = slice(start, start + len(distances_sq))  # of real
+        is_precise |= (distances_sq <= radii_sq[rows, k_precision - 1, None] + slack).any(axis=0)
+        num_balls += (distances_sq <= radii_sq[rows, k_density - 1, None] + slack).sum(axis=0)
+        start = rows.stop
+    return is_precise, num_balls / k_density
+
+
 def precision_recall(real: Features, fake: Features, k: int = 3) -> tuple[float, float]:
     """(precision, recall) alone; see `manifold`."""
     both = manifold(real, fake, k_precision_recall=k, k_density_coverage=k)

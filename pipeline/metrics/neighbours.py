@@ -1,4 +1,4 @@
-"""Memorisation: how near, in pixels, a generated image comes to an image of the training set."""
+"""Memorisation: how near a generated image comes to an image of the training set, in pixels or in features."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from pipeline.metrics.arrays import Images, check_images, check_same_size
+from pipeline.metrics.arrays import Features, Images, check_features, check_images, check_same_size
+
+COPY_QUANTILE = 0.01  # of the training images' distances to their nearest others
 
 
 class NearCopies(NamedTuple):
@@ -63,6 +65,53 @@ def near_copy_share(train: Images, validation: Images, samples: Images) -> NearC
         median_samples_levels=float(np.median(sample_levels)),
         median_validation_levels=float(np.median(validation_levels)),
     )
+
+
+def copy_distance(train: Features) -> float:
+    """How near is too near, in features: 99% of the training images have no other one at this distance.
+
+    train [M, D], floating point.  0 where over 1% of them are there twice, so that only exact copies count.
+    Raises ValueError for fewer than three images, a NaN or an infinity.
+    """
+    train, _ = check_features(train, train, min_samples=3)
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train)
+    distances, _ = search.kneighbors()  # without an argument: neighbours of the fitted images, self left out
+    return float(np.quantile(distances[:, 0], COPY_QUANTILE))
+
+
+def feature_copies(train: Features, samples: Features) -> NDArray[np.bool_]:
+    """Which samples are near-copies: a training image lies within `copy_distance` of them, bool [N].
+
+    Of real held-out images about 1% are, as of the training images themselves; copying shows as a share far above
+    theirs (compare the tests of Meehan et al. 2020 and Alaa et al. 2022, which hold the same distances together).
+
+    train [M, D], samples [N, D], floating point.
+    Raises ValueError for fewer than three training images, different widths, a NaN or an infinity.
+    """
+    near = copy_distance(train)
+    train, samples = check_features(train, samples, min_samples=1)
+    distances, _ = _nearest_features(train, samples, 1)
+    slack = 1e-6 * float(np.sqrt(np.square(train).sum(1).max()))  # distances of equal features are rounded
+    return distances[:, 0] <= near + slack
+
+
+def nearest_features(train: Features, samples: Features, k: int) -> NDArray[np.int64]:
+    """Indices of the k training images nearest in features, nearest first, int64 [N, k].
+
+    Raises ValueError as `feature_copies` does, and for k outside 1..M.
+    """
+    train, samples = check_features(train, samples, min_samples=1)
+    if not 1 <= k <= len(train):
+        raise ValueError(f"k must be in 1..{len(train)} (the training images), got {k}")
+    return _nearest_features(train, samples, k)[1]
+
+
+def _nearest_features(
+    train: NDArray[np.float64], samples: NDArray[np.float64], k: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train)
+    distances, indices = search.kneighbors(samples)
+    return distances, indices.astype(np.int64)
 
 
 def _flat(images: Images) -> NDArray[np.float32]:

@@ -96,3 +96,22 @@ def test_what_cannot_be_judged_says_why():
         classifier.predict(images[:0])
     with pytest.raises(ValueError, match="one per image"):
         classifier.accuracy(images, labels[:2])
+
+
+def test_it_is_the_same_when_it_is_put_together_again(classifier, digits):
+    again = ImageClassifier().load(classifier.state())
+    np.testing.assert_array_equal(again.features(digits.held_out), classifier.features(digits.held_out))
+    np.testing.assert_array_equal(again.predict(digits.held_out), classifier.predict(digits.held_out))
+    with pytest.raises(ValueError, match="wanted"):
+        again.features(digits.held_out[:, :16])
+
+
+def test_probabilities_are_of_the_classes_in_order(classifier, digits):
+    p = classifier.probabilities(digits.held_out)
+    np.testing.assert_allclose(p.sum(axis=1), 1)
+    np.testing.assert_array_equal(classifier.classes[p.argmax(axis=1)], classifier.predict(digits.held_out))
+    two = digits.train_labels < 2  # of two classes scikit-learn gives one output
+    pair = ImageClassifier().fit(digits.train[two], digits.train_labels[two] + 5)
+    held_out = digits.held_out_labels < 2
+    assert pair.probabilities(digits.held_out[held_out]).shape == (held_out.sum(), 2)
+    assert pair.accuracy(digits.held_out[held_out], digits.held_out_labels[held_out] + 5) > 0.97

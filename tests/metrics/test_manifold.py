@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.metrics.manifold import density_coverage, manifold, precision_recall
+from pipeline.metrics.manifold import density_coverage, fidelity_by_image, manifold, precision_recall
 
 
 def features(num, width=6, seed=0):
@@ -46,6 +46,15 @@ def test_one_pass_gives_all_four():
     assert both[2:4] == density_coverage(real, fake, k=4)
     assert both[4:] == (30, 22, 2, 4)
     assert manifold(real, fake)[6:] == (3, 5)  # the papers' choices
+
+
+def test_precision_and_density_are_means_over_the_fakes():
+    real, fake = features(60), features(45, seed=1) * 1.3
+    is_precise, density = fidelity_by_image(real, fake)
+    whole = manifold(real, fake)
+    assert (is_precise.mean(), density.mean()) == pytest.approx((whole.precision, whole.density), abs=1e-12)
+    alone = fidelity_by_image(real, fake[7:8])  # what one image is does not depend on the others
+    assert (alone[0][0], alone[1][0]) == (is_precise[7], density[7])
 
 
 def test_known_configuration():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.metrics.neighbours import near_copy_share, nearest
+from pipeline.metrics.neighbours import copy_distance, feature_copies, near_copy_share, nearest, nearest_features
 
 
 def noise(num, seed=0, size=(6, 4)):
@@ -85,3 +85,29 @@ def test_what_has_no_neighbours_says_why():
         near_copy_share(train, train, noise(2, size=(5, 4)))
     with pytest.raises(ValueError, match="validation must be uint8 images, got float64"):
         near_copy_share(train, train / 255, train)
+
+
+def test_near_copies_in_features_are_about_as_many_as_real_images_have():
+    rng = np.random.default_rng(0)
+    train, held_out, fresh = (rng.standard_normal((1000, 6)) for _ in range(3))
+    assert feature_copies(train, held_out).mean() == pytest.approx(0.01, abs=0.01)
+    copies = train[:300] + 1e-3 * rng.standard_normal((300, 6))
+    mixed = np.concatenate([copies, fresh[:700]])
+    found = feature_copies(train, mixed)
+    assert found[:300].all() and found[300:].mean() < 0.03
+    np.testing.assert_array_equal(nearest_features(train, copies, 3)[:, 0], np.arange(300))
+
+
+def test_the_copy_distance_is_a_quantile_of_the_training_images_own():
+    train = np.random.default_rng(0).standard_normal((40, 2))
+    own = [min(np.linalg.norm(x - y) for j, y in enumerate(train) if j != i) for i, x in enumerate(train)]
+    assert copy_distance(train) == pytest.approx(np.quantile(own, 0.01))
+
+
+def test_where_training_images_are_there_twice_only_exact_copies_count():
+    rng = np.random.default_rng(0)
+    once = rng.standard_normal((30, 4))
+    train = np.concatenate([once, once])
+    assert feature_copies(train, np.concatenate([once[:5], once[:5] + 0.01])).tolist() == [True] * 5 + [False] * 5
+    with pytest.raises(ValueError, match="needs at least 3 samples, got 2"):
+        feature_copies(train[:2], once)

@@ -1,0 +1,163 @@
+"""Two models, image by image: the same wishes, the same noise, paired differences of scores with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import files, program, sampler
+from pipeline.engine import Engine
+from pipeline.errors import UsageError, blame
+from pipeline.evaluation import Evaluation, Looked, labels_of
+from pipeline.features import Classifier, Clip
+from pipeline.kept_images import SAID, KeptImages, common_asked
+from pipeline.metrics.answers import clip_scores
+from pipeline.metrics.manifold import fidelity_by_image
+from pipeline.metrics.neighbours import feature_copies
+from pipeline.metrics.paired import LEVEL, FrechetScore, KernelScore, Mean, Score, paired_differences
+from pipeline.real_features import see_all
+from pipeline.sampler import PASSPORT, Asked
+
+Found = list[dict[str, Any]]  # one for each pair of image sets
+
+
+def compare(evaluation: Evaluation, a: Path, b: Path, *, num_resamples: int) -> Found:
+    """A less B at each guidance scale.  Every rank calls it; rank 0 has the result, the others nothing.
+
+    Raises UsageError where A and B have no images of the same wishes and noise.
+    """
+    sides = [kept_of(evaluation, folder) for folder in (a, b)]
+
+    def look() -> Found:
+        pairs = pairs_of(a, b, *sides)
+        return [compare_pair(evaluation, first, second, num_resamples=num_resamples) for first, second in pairs]
+
+    return evaluation.engine.main_does(look)
+
+
+def kept_of(evaluation: Evaluation, folder: Path) -> list[KeptImages]:
+    """The images of an export (drawn, where they are not there yet), of a folder of them, or a run's newest."""
+    engine: Engine = evaluation.engine
+    if (folder / "model_index.json").exists():
+        tile_pixels = evaluation.config.vae.tile_pixels
+        pipe = sampler.open_export(folder, engine.device, tile_pixels=tile_pixels)
+        size = sampler.image_size_of(pipe)
+        if size != evaluation.config.data.image_size:
+            raise UsageError(
+                f"{folder}: draws {size} pixels a side, data.image_size={evaluation.config.data.image_size}"
+            )
+        with blame(str(folder)):
+            said = files.read_json(folder / PASSPORT) if (folder / PASSPORT).exists() else {"checkpoint": folder.name}
+        kept = evaluation.kept(pipe, str(said["checkpoint"]))
+        for each in kept:
+            each.draw(engine, pipe, lambda: True, in_training=False)
+        return kept
+    if (folder / SAID).exists():
+        return [KeptImages.open(folder)]
+    newest: dict[float, KeptImages] = {}
+    for path in sorted(folder.glob("evaluation/step-*-guidance-*")):
+        if (path / SAID).exists():
+            try:
+                kept_images = KeptImages.open(path)
+            except UsageError:  # not all drawn
+                continue
+            newest[kept_images.guidance_scale] = kept_images
+    if not newest:
+        raise UsageError(
+            f"{folder}: no export, no kept images and no run with an evaluation is there; run evaluate, or name a "
+            "folder like RUN/export or RUN/evaluation/step-000001000-guidance-2-..."
+        )
+    return list(newest.values())
+
+
+def pairs_of(
+    a: Path, b: Path, first: Sequence[KeptImages], second: Sequence[KeptImages]
+) -> list[tuple[KeptImages, KeptImages]]:
+    """One set with the other's single one, or those of the same guidance.  Raises UsageError where none are left."""
+    if len(first) == len(second) == 1:
+        return [(first[0], second[0])]
+    of_second = {each.guidance_scale: each for each in second}
+    found = [(each, of_second[each.guidance_scale]) for each in first if each.guidance_scale in of_second]
+    if not found:
+        scales = [", ".join(f"{each.guidance_scale:g}" for each in side) for side in (first, second)]
+        raise UsageError(f"{a} has images of guidance {scales[0]}, {b} of {scales[1]}; evaluate both at the same one")
+    return found
+
+
+def compare_pair(evaluation: Evaluation, a: KeptImages, b: KeptImages, *, num_resamples: int) -> dict[str, Any]:
+    """What is written down of one pair."""
+    asked = common_asked(a, b)
+    images = [np.concatenate([*map(kept.read, kept.portions)]) for kept in (a, b)]
+    for kept, each in zip((a, b), images, strict=True):
+        size = evaluation.config.data.image_size
+        if each.shape[1:3] != (size, size):
+            raise UsageError(f"{kept.folder}: images {list(each.shape)} came, data.image_size={size} was wanted")
+    program.say(f"{num_resamples} resamples of {len(asked)} pairs of images")
+    scores = [scores_of(evaluation, each, asked) for each in images]
+    with blame("--resamples"):
+        seed = evaluation.config.seed
+        found = paired_differences(scores[0], scores[1], len(asked), seed=seed, num_resamples=num_resamples)
+    return {
+        "a": str(a.folder),
+        "b": str(b.folder),
+        "guidance_scales": [a.guidance_scale, b.guidance_scale],
+        "num_images": len(asked),
+        "num_resamples": num_resamples,
+        "level": LEVEL,
+        "references": {title: looked.train.fingerprint for title, looked in evaluation.looked.items()},
+        "differences": {name: each._asdict() for name, each in found.items()},
+    }
+
+
+def scores_of(evaluation: Evaluation, images: NDArray[np.uint8], asked: Sequence[Asked]) -> Mapping[str, Score]:
+    """Names as in evaluations.jsonl.
+
+    Recall and coverage are not among them: they count neighbours within the drawn set, which a resample with its
+    doubles makes sparser.
+    """
+    scores: dict[str, Score] = {}
+    for title, looked in evaluation.looked.items():
+        seen = see_all(looked.network, images, evaluation.settings.batch_images, f"{title} sees")
+        with blame(f"evaluation.features: {title}"):
+            scores |= {f"{title}/{name}": score for name, score in in_features(looked, seen["features"]).items()}
+        labels, prompts = labels_of(asked), [one.prompt for one in asked]
+        if isinstance(looked.network, Classifier) and labels is not None:
+            named = looked.network.fitted.classes[seen["probabilities"].argmax(axis=1)]
+            scores["accuracy"] = Mean(named == labels)
+        if isinstance(looked.network, Clip) and None not in prompts:
+            scores["clip_score"] = Mean(clip_scores(seen["features"], evaluation.read(looked.network, prompts)))
+    return scores
+
+
+def in_features(looked: Looked, features: NDArray[np.float32]) -> Mapping[str, Score]:
+    """The scores of one network."""
+    real = looked.train.features
+    is_precise, density = fidelity_by_image(real, features)
+    return {
+        "fid": FrechetScore(real, features),
+        "kid": KernelScore(real, features),
+        "precision": Mean(is_precise),
+        "density": Mean(density),
+        "near_copy_share": Mean(feature_copies(real, features)),
+    }
+
+
+def show_comparison(found: Found, path: Path) -> None:
+    """Write the JSON file; print a table of each pair."""
+    files.write_json(path, found)
+    console = Console()
+    for pair in found:
+        table = Table(title=f"A: {pair['a']}\nB: {pair['b']}", caption=f"{pair['num_images']:,} pairs of images")
+        for heading in ("", "A", "B", "A - B", f"{pair['level']:.0%} interval"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for name, each in pair["differences"].items():
+            interval = f"{each['low']:+.4f} to {each['high']:+.4f}"
+            table.add_row(name, f"{each['a']:.4f}", f"{each['b']:.4f}", f"{each['difference']:+.4f}", interval)
+        console.print(table)
+    console.print(f"written to {path}; an interval without 0 says that A and B differ beyond chance")

@@ -1,0 +1,500 @@
+"""An evaluation: a model → its images → their features → scores, beside those of real images; losses of held-out ones.
+
+What evaluations share (networks, real features, held-out images) is made ready once; then one model after another is
+scored: averages while they learn, a checkpoint, an export.  Which images are drawn and counted, their noise and their
+times are functions of (seed, index), so that the numbers of two models differ by the models alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline import files, program, sampler
+from pipeline.bounds import Costs, counted
+from pipeline.class_conditional import ClassConditionalPipeline
+from pipeline.config import Config
+from pipeline.config_evaluation import EvaluationConfig, FeaturesConfig
+from pipeline.data.dataset import Shown, evenly, read_told, spaced
+from pipeline.data.index import ShardSet
+from pipeline.denoiser import objective_of
+from pipeline.diffusion.likelihood import average
+from pipeline.engine import Engine
+from pipeline.errors import UsageError, blame
+from pipeline.features import Classifier, Clip, FeatureNetwork, open_network
+from pipeline.kept_images import KeptImages, forget_older
+from pipeline.measuring import fit_classifier
+from pipeline.metrics.answers import clip_scores, inception_score
+from pipeline.metrics.classifier import ImageClassifier
+from pipeline.metrics.scores import LEAST_IMAGES, Scores, feature_scores
+from pipeline.portions import GoOn, in_portions
+from pipeline.real_features import Arrays, RealFeatures, RealSet, cache_folder, look_at, real_features
+from pipeline.sampler import Asked
+from pipeline.tracking import Row, read_evaluations, write_evaluation
+from vae.likelihood import autoencoder_nll
+from vae.model import state_sha256, weights_sha256
+
+Note = Callable[[int, dict[str, float]], None]  # step, figures
+FITTED = "classifier."  # before the names of the fitted classifier's arrays
+OF_HELD_OUT = ("validation_loss", "bits_per_dim", "bits_per_dim_standard_error")  # scores that no network gives
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which weights are scored."""
+
+    step: int  # optimizer steps
+    checkpoint: str | None  # where they are saved; None: nowhere
+    ema: str
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str, ema: str) -> Model:
+        """By the checkpoint's name, which ends with its step."""
+        found = re.search(r"step-(\d+)$", checkpoint)
+        return cls(int(found[1]) if found else 0, checkpoint, ema)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A network, and what it says of the real images."""
+
+    settings: FeaturesConfig
+    network: FeatureNetwork
+    train: RealFeatures
+    held_out: RealFeatures
+
+
+class Evaluation:
+    """All that the evaluations of a run share."""
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        """Every rank calls it.
+
+        Raises UsageError, on all ranks: no held-out images, too few images for a score, a network that is missing.
+        """
+        self.engine, self.config, self.settings = engine, config, config.evaluation
+        data = config.data
+        if data.validation_images is None:
+            raise UsageError("data.validation_images: evaluations compare with held-out images; name their folder")
+        self.train = RealSet("data.train_images", data.train_images, config)
+        self.held_out = RealSet("data.validation_images", (data.validation_images,), config)
+        self.asked = tuple(asked_of(config))
+        self.looked: dict[str, Looked] = {}
+        self.floors: Scores = {}
+        engine.main_does(self._look)
+        self.own_images, self.own_asked = self._own()
+
+    # What is made ready ---------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Rank 0: the networks, what they say of real images, and the scores of the held-out ones."""
+        if self.settings.features and self.settings.num_images < LEAST_IMAGES:
+            raise UsageError(
+                f"evaluation.num_images: {self.settings.num_images} came; precision, recall, density and coverage want "
+                f"{LEAST_IMAGES} images or more"
+            )
+        for settings in self.settings.features:
+            with blame(f"evaluation.features: {settings.title}"):
+                found = self._fitted(settings) if settings.network == "classifier" else self._opened(settings)
+                if found is not None:
+                    self.looked[settings.title] = found
+                    self._check_enough(found)
+                    self.floors |= self._floor(found)
+
+    def _fitted(self, settings: FeaturesConfig) -> Looked | None:
+        """The classifier; None where the images have no two labels."""
+        described = Classifier.described(self.train.description, self.config.seed)
+        if not self.train.has_labels():
+            program.say("the images have no labels: no classifier is fitted, and its features' scores are left out")
+            return None
+
+        def look() -> Arrays:
+            shown = self.train.shown
+            fitted = fit_classifier(shown.pixels, shown.labels, self.config.seed)
+            if fitted is None:
+                raise LookupError
+            state = {f"{FITTED}{name}": array for name, array in fitted.state().items()}
+            return state | self._see(Classifier(fitted, self.train.description), shown, settings.title)
+
+        try:
+            train = self._real(settings.title, self.train, described, look)
+        except LookupError:
+            return None
+        state = {name.removeprefix(FITTED): array for name, array in train.arrays.items() if name.startswith(FITTED)}
+        network = Classifier(ImageClassifier(self.config.seed).load(state), self.train.description)
+        return self._beside_held_out(settings, network, train)
+
+    def _opened(self, settings: FeaturesConfig) -> Looked:
+        network = open_network(settings, self.engine.device)
+        train = self._real(
+            settings.title,
+            self.train,
+            network.description,
+            lambda: self._see(network, self.train.shown, settings.title),
+        )
+        return self._beside_held_out(settings, network, train)
+
+    def _beside_held_out(self, settings: FeaturesConfig, network: FeatureNetwork, train: RealFeatures) -> Looked:
+        held_out = self._real(
+            settings.title,
+            self.held_out,
+            network.description,
+            lambda: self._see(network, self.held_out.shown, settings.title),
+        )
+        return Looked(settings, network, train, held_out)
+
+    def _real(self, title: str, of: RealSet, network: dict[str, Any], look: Any) -> RealFeatures:
+        return real_features(cache_folder(self.config), title, {"images": of.description, "network": network}, look)
+
+    def _see(self, network: FeatureNetwork, shown: Shown, title: str) -> Arrays:
+        return look_at(network, shown, self.settings.batch_images, title)
+
+    def _check_enough(self, looked: Looked) -> None:
+        for of, real in ((self.train, looked.train), (self.held_out, looked.held_out)):
+            if len(real.features) < LEAST_IMAGES:
+                raise UsageError(
+                    f"{of.key} has {len(real.features)} images; precision, recall, density and coverage want "
+                    f"{LEAST_IMAGES} or more"
+                )
+
+    def _floor(self, looked: Looked) -> Scores:
+        """The scores of real held-out images: what a model that had learned everything would get, at their number."""
+        real = looked.held_out
+        scores: Scores = {"num_images": len(real.features)}
+        scores |= self._of_network(looked, real.features, real.get("probabilities"), real.get("labels"))
+        captions = real.get("captions")
+        if captions is not None:
+            scores["clip_score"] = float(clip_scores(real.features, captions).mean())
+        return {f"validation/{name}": value for name, value in scores.items()}
+
+    def _own(self) -> tuple[NDArray[np.uint8], list[Asked]]:
+        """The held-out images whose losses and bits are counted, and what they show.  Nothing where there are none."""
+        wanted = self.settings.loss_images or (self.settings.bits and self.settings.likelihood.num_images)
+        shown = self.held_out.shown if wanted else None
+        self.train.forget()
+        self.held_out.forget()
+        if shown is None:
+            return np.zeros((0, 1, 1, 3), np.uint8), []
+        return shown.pixels, own_conditions(self.config, shown)
+
+    # A model --------------------------------------------------------------------------------------
+
+    def kept(self, pipe: ClassConditionalPipeline, name: str) -> list[KeptImages]:
+        """Where the images of a pipeline lie, for each guidance scale.  `name`: of the checkpoint.  A collective."""
+        model: str = self.engine.main_does(lambda: model_sha256(pipe))
+        return [
+            KeptImages.of(
+                Path(self.config.run_dir),
+                name,
+                model=model,
+                asked=self.asked,
+                seed=self.config.seed,
+                guidance_scale=scale,
+                num_inference_steps=self.settings.num_inference_steps,
+                batch_images=self.settings.batch_images,
+            )
+            for scale in self.settings.guidance_scales
+        ]
+
+    def score(
+        self, pipe: ClassConditionalPipeline, model: Model, go_on: GoOn, *, in_training: bool
+    ) -> list[Row] | None:
+        """A row for each guidance scale, on every rank; None where it was told to stop.  Every rank calls it.
+
+        Raises RunError, on all ranks, for an image that is not finite.
+        """
+        kept = self.kept(pipe, model.checkpoint or f"step-{model.step:09d}")
+        for each in kept:
+            if not (each.draw(self.engine, pipe, go_on, in_training=in_training) and go_on()):
+                return None
+        shared = self._held_out_scores(pipe, go_on)
+        if shared is None:
+            return None
+        return self.engine.main_does(lambda: [self._row(each, model, shared) for each in kept])
+
+    def is_due(self, step: int) -> bool:
+        """Whether a training is evaluated after a step: at the asked distances, and at its end."""
+        every = self.settings.scores_every_steps
+        return every is not None and (step % every == 0 or step == self.config.train.steps)
+
+    def in_training(self, pipe: ClassConditionalPipeline, step: int, ema: str, go_on: GoOn, note: Note) -> None:
+        """Score the average as it is after a step, and write it down; `note`: see Journal.  Every rank calls it.
+
+        Where it is told to stop, what was drawn is kept for the next try.
+        """
+        every, run = self.config.checkpoint.every_steps, Path(self.config.run_dir)
+        is_saved = step % every == 0 or step == self.config.train.steps
+        rows = self.score(pipe, Model(step, f"step-{step:09d}" if is_saved else None, ema), go_on, in_training=True)
+        if rows is not None:
+            for row in rows:
+                note(step, curves_of(row))
+            self.engine.main_does(lambda: record(run, rows))
+
+    def is_recorded(self, step: int, ema: str) -> bool:
+        """Whether RUN/evaluations.jsonl has the rows of a step already.  A collective."""
+
+        def look() -> bool:
+            wanted = [step, ema, self.settings.num_images, self.settings.num_inference_steps]
+            wanted += [self._held_out_fingerprint(), sorted(self._references().values())]
+            there: set[float] = set()
+            for row in read_evaluations(Path(self.config.run_dir)):
+                of_row = [row[key] for key in ("step", "ema", "num_images", "num_inference_steps", "held_out")]
+                if [*of_row, sorted(row["references"].values())] == wanted:
+                    there.add(row["guidance_scale"])
+            return there >= set(self.settings.guidance_scales)
+
+        return self.engine.main_does(look)
+
+    def _row(self, kept: KeptImages, model: Model, shared: Scores) -> Row:
+        """Rank 0: one row of RUN/evaluations.jsonl."""
+        scores: Scores = {}
+        labels = labels_of(kept.asked)
+        for looked in self.looked.values():
+            title = looked.settings.title
+            with blame(f"evaluation.features: {title}: {kept.folder.name}"):
+                seen = [looked.network.see(kept.read(portion)) for portion in kept.portions]
+                features = np.concatenate([each.features for each in seen])
+                named = [each.probabilities for each in seen if each.probabilities is not None]
+                scores |= self._of_network(looked, features, np.concatenate(named) if named else None, labels)
+                prompts = [asked.prompt for asked in kept.asked]
+                if isinstance(looked.network, Clip) and None not in prompts:
+                    scores["clip_score"] = float(clip_scores(features, self.read(looked.network, prompts)).mean())
+        row: Row = {
+            "step": model.step,
+            "checkpoint": model.checkpoint,
+            "ema": model.ema,
+            "guidance_scale": kept.guidance_scale,
+            "num_inference_steps": kept.num_inference_steps,
+            "num_images": len(kept.asked),
+            "references": self._references(),
+            "held_out": self._held_out_fingerprint(),
+            "scores": scores | self.floors | shared,
+        }
+        return told_apart(read_evaluations(Path(self.config.run_dir)), row, self.settings)
+
+    def _references(self) -> dict[str, str]:
+        return {title: looked.train.fingerprint for title, looked in self.looked.items()}
+
+    def _held_out_fingerprint(self) -> str:
+        """Of all that losses and bits of held-out images depend on, beside the model."""
+        settings, likelihood = self.settings, self.settings.likelihood
+        counted_as = [settings.loss_images, settings.loss_bands, likelihood.num_images, likelihood.num_timesteps]
+        return files.fingerprint([self.held_out.description, counted_as])[:16]
+
+    def _of_network(
+        self,
+        looked: Looked,
+        features: NDArray[np.float32],
+        probabilities: NDArray[np.float32] | None,
+        labels: NDArray[np.int64] | None,
+    ) -> Scores:
+        """Names as in evaluations.jsonl."""
+        title = looked.settings.title
+        found = feature_scores(looked.train.features, features, len(looked.held_out.features))
+        if probabilities is not None:
+            found["inception_score"] = inception_score(probabilities)
+        scores: Scores = {f"{title}/{name}": value for name, value in found.items()}
+        if probabilities is not None and labels is not None and isinstance(looked.network, Classifier):
+            named = looked.network.fitted.classes[probabilities.argmax(axis=1)]
+            scores["accuracy"] = float(np.mean(named == labels))
+        return scores
+
+    def read(self, network: Clip, prompts: Sequence[str | None]) -> NDArray[np.float32]:
+        """Prompts → [N,D]."""
+        size = self.settings.batch_images
+        parts = [[text or "" for text in prompts[i : i + size]] for i in range(0, len(prompts), size)]
+        return np.concatenate([network.read(part) for part in parts])
+
+    def _held_out_scores(self, pipe: ClassConditionalPipeline, go_on: GoOn) -> Scores | None:
+        """Losses in bands and, where they are asked for, bits; None where it was told to stop."""
+        config, settings, size = self.config, self.settings, self.settings.batch_images
+        costs = Costs(pipe, config.diffusion, config.seed, size)
+        scores: Scores = {}
+
+        def over_ranks(chosen: Sequence[int], of: Any) -> NDArray[np.float64] | None:
+            portions = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+            def one(portion: list[int]) -> Any:
+                asked = [self.own_asked[i] for i in portion]
+                return of(costs.encode(self.own_images[portion], portion), asked).tolist()
+
+            found = in_portions(self.engine, portions, one, go_on, None)
+            return None if found is None else np.array([value for each in found for value in each])
+
+        total = len(self.own_images)
+        if settings.loss_images and total and has_variance(pipe, config):
+            objective = objective_of(config.diffusion, self.engine.device)
+            losses = over_ranks(
+                spaced(total, settings.loss_images),
+                lambda of, asked: costs.losses(of, asked, objective, settings.loss_bands),
+            )
+            if losses is None:
+                return None
+            scores |= {f"validation_loss/band-{band}": float(loss) for band, loss in enumerate(losses.mean(axis=0))}
+            scores |= {"validation_loss/mean": float(losses.mean()), "validation_loss/num_images": len(losses)}
+        count = settings.likelihood.num_images
+        if settings.bits and count and total and config.diffusion.objective == "ddpm":
+
+            def bits(of: Any, asked: list[Asked]) -> Any:
+                bound = costs.bound(of, asked, None, settings.likelihood.num_timesteps)
+                return autoencoder_nll(bound.total, costs.latent_scale) / math.log(2)
+
+            found = over_ranks(counted(total, count), bits)
+            if found is None:
+                return None
+            scores |= bits_scores(found)
+        return scores
+
+
+# What is asked, and of what ------------------------------------------------------------------------
+
+
+def asked_of(config: Config) -> list[Asked]:
+    """What each image is asked to show: the classes in turn, or what held-out samples say, evenly spaced over the set.
+
+    So every beginning of the classes is balanced.
+    """
+    condition, data, count = config.conditioning, config.data, config.evaluation.num_images
+    if condition.text is None:
+        return [Asked(i % condition.num_classes) for i in range(count)]
+    with blame("data.validation_images"):
+        shards = ShardSet(str(data.validation_images), open_shards=1, remote=data.remote)
+        found = [Asked(*both) for both in read_told(shards, evenly(shards, count)) if both[1] is not None]
+        if not found or (condition.has_class and any(asked.label is None for asked in found)):
+            raise UsageError("it has no captions (.txt) or labels (.cls), which conditioning.kind wants")
+    return [found[i % len(found)] for i in range(count)]
+
+
+def own_conditions(config: Config, shown: Shown) -> list[Asked]:
+    """What held-out images show, as the model is told it.  Raises UsageError where they don't say."""
+    if (config.conditioning.has_class and shown.labels is None) or (config.conditioning.text and not shown.captions):
+        raise UsageError("data.validation_images: it lacks the labels (.cls) or captions (.txt) of conditioning.kind")
+    labels = [None] * len(shown.pixels) if shown.labels is None else shown.labels.tolist()
+    return [Asked(*both) for both in zip(labels, shown.captions or [None] * len(labels), strict=True)]
+
+
+def labels_of(asked: Sequence[Asked]) -> NDArray[np.int64] | None:
+    """The classes asked for, int64 [N]; None where one has none."""
+    labels = [one.label for one in asked]
+    return None if None in labels else np.array(labels, dtype=np.int64)
+
+
+def model_sha256(pipe: ClassConditionalPipeline) -> str:
+    """Of all of a pipeline that its images depend on: the same for a checkpoint and for its fp32 export."""
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return files.fingerprint(
+        {
+            "unet": state_sha256(pipe.unet.state_dict()),
+            "vae": weights_sha256(pipe.vae),
+            "vae_scale": [pipe.vae.config["scaling_factor"], pipe.vae.config.get("shift_factor")],
+            "text": [state_sha256(model.state_dict()) for model in pipe.text_encoders],
+            "scheduler": [type(pipe.scheduler).__name__, scheduler],
+            "tile_pixels": sampler.tile_of(pipe),
+        }
+    )
+
+
+def has_variance(pipe: ClassConditionalPipeline, config: Config) -> bool:
+    """Whether the U-Net says all that the loss is of: stock exports leave a learned variance out."""
+    channels = int(pipe.unet.config["in_channels"])
+    wanted = 2 * channels if config.diffusion.variance_type == "learned_range" else channels
+    return int(pipe.unet.config["out_channels"]) == wanted
+
+
+def bits_scores(bits: NDArray[np.float64]) -> Scores:
+    """The mean of what each image costs in bits/dim, [N], and its standard error."""
+    mean, error = average(torch.from_numpy(bits))
+    return {"bits_per_dim": mean, "bits_per_dim_standard_error": error}
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row:
+    """The row, its scores under names of their own where the same name stands for other numbers in this run's first.
+
+    A network's numbers are others when its reference is (data, preprocessing, weights), or when other numbers of images
+    or steps were drawn; those of held-out images when other ones are counted.  Then NAME becomes NAME@FINGERPRINT, so
+    that what can't be compared never shares a curve.
+    """
+    of_network = {"classifier": "accuracy", "clip": "clip_score"}  # what a kind of network gives beside NAME/...
+    renamed: dict[str, str] = {}
+    for each in settings.features:
+        if each.title in row["references"]:
+            first = next((old for old in rows if each.title in old["references"]), row)
+            alike = [files.fingerprint(_comparable(one, each.title))[:8] for one in (first, row)]
+            if alike[0] != alike[1]:
+                names = [each.title, of_network.get(each.network, each.title)]
+                renamed |= {name: f"{name}@{alike[1]}" for name in names}
+    if rows and rows[0]["held_out"] != row["held_out"]:
+        renamed |= {name: f"{name}@{row['held_out'][:8]}" for name in OF_HELD_OUT}
+    scores = {"/".join(renamed.get(word, word) for word in name.split("/")): v for name, v in row["scores"].items()}
+    references = {renamed.get(title, title): said for title, said in row["references"].items()}
+    return row | {"references": references, "scores": scores}
+
+
+def _comparable(row: Row, title: str) -> list[Any]:
+    return [row["references"][title], row["num_images"], row["num_inference_steps"]]
+
+
+def record(run: Path, rows: Sequence[Row]) -> None:
+    """Rank 0: the rows of one evaluation in the training, and the newest scores by name; older images may go."""
+    for row in rows:
+        write_evaluation(run, row)
+    files.write_json(run / "scores.json", flat_scores(rows))
+    forget_older(run, rows[0]["step"])
+
+
+def curves_of(row: Row) -> dict[str, float]:
+    """The numbers that change while a model learns, by the name of their curve: an image score's tells the guidance."""
+    prefix = f"guidance_{row['guidance_scale']:g}"
+    found: dict[str, float] = {}
+    for name, value in row["scores"].items():
+        head = name.partition("/")[0]
+        if head == "validation" or name.rpartition("/")[2].startswith("num_"):
+            continue  # of real images, or a number of them: always the same
+        shared = head.partition("@")[0] in OF_HELD_OUT
+        found[name if shared else f"{prefix}/{name}"] = float(value)
+    return found
+
+
+OF_CLASSIFIER = {  # its scores go without its name in scores.json
+    "accuracy": "class_accuracy",
+    "classifier/fid": "frechet_distance",
+    "classifier/kid": "kernel_distance",
+    "classifier/kid_standard_error": "kernel_distance_standard_error",
+    "classifier/precision": "precision",
+    "classifier/recall": "recall",
+    "classifier/density": "density",
+    "classifier/coverage": "coverage",
+    "classifier/fid_equal_n": "frechet_distance_equal_n",
+    "classifier/recall_equal_n": "recall_equal_n",
+    "classifier/coverage_equal_n": "coverage_equal_n",
+    "classifier/num_images_equal_n": "num_images_equal_n",
+    "classifier/num_reference_images": "num_train_images",
+}
+
+
+def flat_scores(rows: Sequence[Row]) -> dict[str, Any]:
+    """One model's rows by the names of scores.json: guidance_2/NAME of what was drawn, validation/NAME of real ones."""
+    flat: dict[str, Any] = {"checkpoint": rows[0]["checkpoint"], "ema": rows[0]["ema"]}
+    for row in rows:
+        prefix = f"guidance_{row['guidance_scale']:g}"
+        flat[f"{prefix}/num_images"] = row["num_images"]
+        for name, value in row["scores"].items():
+            head, _, rest = name.partition("/")
+            if head == "validation":
+                flat[f"validation/{OF_CLASSIFIER.get(rest, rest)}"] = value
+            elif head.partition("@")[0] in OF_HELD_OUT:
+                flat[name] = value
+            else:
+                flat[f"{prefix}/{OF_CLASSIFIER.get(name, name)}"] = value
+    return flat

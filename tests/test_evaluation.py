@@ -1,0 +1,293 @@
+"""Evaluations in the training and by hand: the same images, the same numbers, whatever came between."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from world import World, losses, rows
+
+from pipeline.config_evaluation import EvaluationConfig
+from pipeline.evaluation import curves_of, flat_scores, told_apart
+
+IN_LOOP = ("evaluation.scores_every_steps=4", "evaluation.bits=true")
+NETWORK = {
+    *("fid", "kid", "kid_standard_error", "precision", "recall", "density", "coverage", "inception_score"),
+    *("near_copy_share", "num_reference_images"),
+}
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+
+
+def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+    """Equal rows: to the last digit where images give the number, to 1e-6 where a network's float32 sums do."""
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert {k: v for k, v in one.items() if k != "scores"} == {k: v for k, v in other.items() if k != "scores"}
+        assert one["scores"].keys() == other["scores"].keys()
+        for name, value in one["scores"].items():
+            is_sum = name.startswith(("validation_loss", "bits_per_dim"))
+            assert other["scores"][name] == (pytest.approx(value, rel=1e-6) if is_sum else value), name
+
+
+@pytest.fixture(scope="module")
+def scored(made: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A run of eight steps that was evaluated after four and eight."""
+    import yaml
+    from world import small_config
+
+    here = World(tmp_path_factory.mktemp("scored"))
+    here.config.write_text(yaml.safe_dump(small_config(made.root) | {"run_dir": str(here.run_dir)}))
+    assert here.do("train", *IN_LOOP) == [0], here.said()
+    return here
+
+
+def test_a_training_writes_a_row_for_each_evaluation_and_guidance(scored: World) -> None:
+    found = evaluations(scored.run_dir)
+    assert [(row["step"], row["guidance_scale"]) for row in found] == [(4, 1.0), (4, 2.0), (8, 1.0), (8, 2.0)]
+    last = found[-1]
+    assert (last["checkpoint"], last["ema"]) == ("step-000000008", "decay-0.9")
+    assert (last["num_images"], last["num_inference_steps"]) == (20, 2)
+    assert {name for name in last["scores"] if name.startswith("classifier/")} == {f"classifier/{n}" for n in NETWORK}
+    assert {f"validation_loss/band-{band}" for band in range(4)} <= last["scores"].keys()
+    assert {"accuracy", "bits_per_dim", "validation/classifier/fid", "validation/num_images"} <= last["scores"].keys()
+    assert last["scores"]["validation_loss/mean"] < found[0]["scores"]["validation_loss/mean"], "it learned nothing"
+    kept = sorted(path.name.rpartition("-")[0] for path in (scored.run_dir / "evaluation").iterdir())
+    assert kept == ["step-000000008-guidance-1", "step-000000008-guidance-2"], "those of older steps are not needed"
+
+
+def test_its_numbers_are_curves_and_the_newest_are_in_scores_json(scored: World) -> None:
+    last = evaluations(scored.run_dir)[-1]
+    of_step = [row for row in rows(scored.run_dir) if row["step"] == 8 and "loss" not in row]
+    assert len(of_step) == 2
+    assert of_step[1]["guidance_2/classifier/kid"] == last["scores"]["classifier/kid"]
+    assert of_step[0]["validation_loss/band-3"] == last["scores"]["validation_loss/band-3"]
+    assert not [name for row in of_step for name in row if name.startswith("validation/") or "num_" in name]
+    flat = json.loads((scored.run_dir / "scores.json").read_text())
+    assert flat["checkpoint"] == "step-000000008"
+    assert flat["guidance_2/frechet_distance"] == last["scores"]["classifier/fid"]
+    assert flat["guidance_2/class_accuracy"] == last["scores"]["accuracy"]
+    assert flat["validation/coverage"] == last["scores"]["validation/classifier/coverage"]
+
+
+def test_the_last_numbers_are_those_of_the_export_drawn_anew(scored: World, tmp_path: Path) -> None:
+    before = evaluations(scored.run_dir)
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    shutil.rmtree(run / "evaluation")
+    (run / "evaluations.jsonl").unlink()
+    assert scored.do("export", f"run_dir={run}") == [0], scored.said()
+    assert scored.do("evaluate", f"run_dir={run}", "evaluation.bits=true") == [0], scored.said()
+    close(before[2:], evaluations(run))
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["likelihood/bound_bits_per_dim"] == before[-1]["scores"]["bits_per_dim"]
+    assert scores["vae/classifier/fid"] > 0 and (run / "evaluation" / "nearest-guidance_2.png").stat().st_size > 500
+
+
+def test_the_export_draws_nothing_that_the_training_drew(scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "evaluation").rglob("*.npy")}
+    assert scored.do("export", f"run_dir={run}") == [0], scored.said()
+    assert scored.do("evaluate", f"run_dir={run}", "evaluation.bits=true") == [0], scored.said()
+    assert {path: path.stat().st_mtime_ns for path in (run / "evaluation").rglob("*.npy")} == kept
+    close(evaluations(scored.run_dir), evaluations(run))  # in the place of the training's own
+
+
+def test_a_checkpoint_is_scored_without_an_export(scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    (run / "evaluations.jsonl").unlink()
+    words = (f"run_dir={run}", "evaluation.bits=true")
+    assert scored.do("evaluate", *words, "--checkpoint", "newest") == [0], scored.said()
+    close(evaluations(scored.run_dir)[2:], evaluations(run))
+    assert scored.do("evaluate", *words, "--checkpoint", "step-000000004", "--ema", "decay-0.99") == [0], scored.said()
+    first, second = evaluations(run)[:2]
+    assert (first["step"], first["ema"], first["checkpoint"]) == (4, "decay-0.99", "step-000000004")
+    assert first["guidance_scale"] != second["guidance_scale"]
+    for wrong, told in (
+        (("--checkpoint", "best"), "--checkpoint: 'best' came; step-000001000 or newest was wanted"),
+        (("--checkpoint", "step-000000005"), "there are checkpoints of step 8, 4"),
+        (("--checkpoint", "newest", "--ema", "decay-0.5"), "'decay-0.5' came; known: decay-0.9, decay-0.99"),
+        (("--ema", "decay-0.99"), "--ema: an export has one average"),
+    ):
+        assert scored.do("evaluate", *words, *wrong, log=tmp_path / "wrong.txt") == [2]
+        assert told in (tmp_path / "wrong.txt").read_text()
+    assert "Traceback" not in (tmp_path / "wrong.txt").read_text()
+
+
+# Stopped and gone on with -------------------------------------------------------------------------
+
+
+def wait_for(found: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not found() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found()
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGKILL"])
+@pytest.mark.parametrize("step", [4, 8])
+def test_stopped_while_it_draws_it_goes_on(world: World, how: str, step: int) -> None:
+    """In the middle of the training and at its end: what was drawn stays, the numbers are a straight run's."""
+    words = (*IN_LOOP, "evaluation.num_inference_steps=50", "evaluation.num_images=64")
+    straight, stopped = world.root / "straight", world.root / "stopped"
+    assert world.do("train", *words, f"run_dir={straight}") == [0], world.said()
+    started = world.start("train", *words, f"run_dir={stopped}")
+    drawn = f"evaluation/step-{step:09d}-guidance-1-*/*.npy"
+    wait_for(lambda: len(list(stopped.glob(drawn))) >= 2)
+    os.kill(int(started[0].pid or 0), getattr(signal, how))
+    started[0].join(60)
+    portions = {path: path.stat().st_mtime_ns for path in stopped.glob(drawn)}
+    assert 2 <= len(portions) < 8, "it was not stopped within a few portions"
+    if how != "SIGKILL":
+        assert started[0].exitcode == 1
+        status = world.status(stopped)
+        assert status == {"state": "preempted", "step": step, "reason": f"{how} after step {step}"}
+        assert not (stopped / "evaluations.jsonl").exists() or evaluations(stopped)[-1]["step"] < step
+    assert world.do("train", *words, f"run_dir={stopped}") == [0], world.said()
+    assert world.status(stopped)["state"] == "done"
+    if step == 8:
+        assert {path: path.stat().st_mtime_ns for path in portions} == portions, "they were drawn twice"
+    close(evaluations(straight), evaluations(stopped))
+    assert losses(straight) == losses(stopped)
+    curves = [row for row in rows(straight) if "loss" not in row]
+    assert curves == [row for row in rows(stopped) if "loss" not in row], "each curve has each point once"
+
+
+def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("train", *IN_LOOP, f"run_dir={run}") == [0], scored.said()
+    assert evaluations(run) == evaluations(scored.run_dir)
+    assert scored.do("train", *IN_LOOP, f"run_dir={run}", "evaluation.num_images=24") == [0], scored.said()
+    found = evaluations(run)
+    assert found[:4] == evaluations(scored.run_dir)[:4] or len(found) == 6
+    other = [row for row in found if row["num_images"] == 24]
+    assert len(other) == 2 and not [name for name in other[0]["scores"] if name.startswith("classifier/")]
+    assert [name for name in other[0]["scores"] if name.startswith("classifier@") and name.endswith("/fid")]
+
+
+# Rows and names -----------------------------------------------------------------------------------
+
+
+def row_of(**other: Any) -> dict[str, Any]:
+    scores = {"net/fid": 1.0, "accuracy": 0.5, "clip_score": 20.0, "validation/net/fid": 0.1, "bits_per_dim": 2.0}
+    row = {
+        "step": 1, "checkpoint": None, "ema": "a", "guidance_scale": 2.0, "num_inference_steps": 5, "num_images": 10,
+        "references": {"net": "f" * 16}, "held_out": "e" * 16, "scores": scores | {"validation_loss/band-0": 1.0},
+    }  # fmt: skip
+    return row | other
+
+
+SETTINGS = EvaluationConfig.model_validate({"features": [{"network": "classifier", "name": "net"}]})
+
+
+def test_numbers_of_another_reference_have_a_curve_of_their_own() -> None:
+    first = row_of()
+    assert told_apart([], first, SETTINGS) == first
+    assert told_apart([first], row_of(step=2), SETTINGS)["scores"] == first["scores"]
+    for other in ({"references": {"net": "0" * 16}}, {"num_images": 20}, {"num_inference_steps": 6}):
+        found = told_apart([first], row_of(step=2, **other), SETTINGS)["scores"]
+        (name,) = (name for name in found if name.startswith("net@") and name.endswith("/fid"))
+        mark = name.removeprefix("net@").removesuffix("/fid")
+        assert found.keys() == {
+            f"net@{mark}/fid", f"accuracy@{mark}", "clip_score", f"validation/net@{mark}/fid", "bits_per_dim",
+            "validation_loss/band-0",
+        }  # fmt: skip
+        again = told_apart([first, row_of(step=2, scores=found)], row_of(step=3, **other), SETTINGS)
+        assert again["scores"].keys() == found.keys(), "and it stays the same curve"
+    of_others = told_apart([first], row_of(held_out="1" * 16), SETTINGS)["scores"]
+    assert {"validation_loss@11111111/band-0", "bits_per_dim@11111111", "net/fid"} <= of_others.keys()
+    back = told_apart([first, row_of(references={"net@0": "0" * 16})], row_of(step=3), SETTINGS)
+    assert back["scores"].keys() == first["scores"].keys()
+
+
+def test_curves_and_flat_names() -> None:
+    row = row_of()
+    assert set(curves_of(row)) == {
+        "guidance_2/net/fid", "guidance_2/accuracy", "guidance_2/clip_score", "bits_per_dim", "validation_loss/band-0",
+    }  # fmt: skip
+    assert set(flat_scores([row])) == {
+        "checkpoint", "ema", "guidance_2/num_images", "guidance_2/net/fid", "guidance_2/class_accuracy",
+        "guidance_2/clip_score", "validation/net/fid", "bits_per_dim", "validation_loss/band-0",
+    }  # fmt: skip
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("evaluation.num_images=5",), "evaluation.num_images: 5 came; precision, recall, density and coverage want 6"),
+        (
+            ("evaluation.features=[{network: transformers, path: no/such/folder}]",),
+            "evaluation.features: transformers: path 'no/such/folder' came, and there is no such folder",
+        ),
+        (("evaluation.features=[inception]",), "inception came, and torch-fidelity can't be imported"),
+        (("data.validation_images=null",), "data.validation_images: evaluations compare with held-out images"),
+        (("evaluation.features=[{network: clip}]",), "network: clip wants a path: a folder or a hub id"),
+        (("evaluation.features=[classifier,classifier]",), "two networks called classifier"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_first_step(world: World, words: tuple[str, ...], told: str) -> None:
+    if "torch-fidelity" in told and torch_fidelity_is_there():
+        pytest.skip("torch-fidelity is installed here")
+    assert world.do("train", *IN_LOOP, *words) == [2]
+    assert told in world.said() and "Traceback" not in world.said()
+    assert (world.said().count("error:") == 1 and not (world.run_dir / "metrics.jsonl").exists()) or not losses(
+        world.run_dir
+    )
+
+
+def torch_fidelity_is_there() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("torch_fidelity") is not None
+
+
+def test_features_of_another_preprocessing_are_refused(world: World) -> None:
+    cache = world.root / "cache"
+    words = (*IN_LOOP, f"evaluation.cache_dir={cache}")
+    assert world.do("train", *words) == [0], world.said()
+    made = sorted(cache.glob("classifier-*.safetensors"))
+    assert made
+    path = made[0]
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as opened:
+        said = json.loads((opened.metadata() or {})["description"])
+    said["images"]["image_size"] = 64
+    save_file(load_file(path), path, {"description": json.dumps(said)})
+    assert world.do("train", *words, "train.steps=9") == [2]
+    assert "another preprocessing: images.image_size was 64, wanted is 16; remove it" in world.said()
+    path.write_bytes(b"torn")
+    assert world.do("train", *words, "train.steps=9") == [2]
+    assert "can't be read" in world.said() and "Traceback" not in world.said()
+    path.unlink()
+    assert world.do("train", *words, "train.steps=9") == [0], world.said()
+
+
+def test_images_that_are_not_finite_are_refused(scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("export", f"run_dir={run}") == [0], scored.said()
+    path = run / "export" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"] = np.full_like(weights["conv_out.bias"], np.nan)
+    save_file(weights, path, {"format": "pt"})
+    log = tmp_path / "log.txt"
+    assert scored.do("evaluate", f"run_dir={run}", log=log) == [1]
+    assert "images 0 to 7: 8 of 8 drawn images hold a NaN or an infinity" in log.read_text()
+    assert "Traceback" not in log.read_text()
