@@ -68,6 +68,11 @@ class Plan:
         return "ddp" if asked == "auto" else asked
 
     @property
+    def operations_per_image(self) -> int:
+        """Of a step: the U-Net's forward and backward pass, and what runs beside it."""
+        return self.operations.training + self.found.operations_beside
+
+    @property
     def num_trained(self) -> int:
         """Parameters that learn: the U-Net's, and those of text encoders that do."""
         text = self.config.conditioning.text
@@ -201,6 +206,8 @@ def show_work(console: Console, plan: Plan) -> None:
     made.add_row("forward, GFLOP per image", f"{operations.forward / 1e9:,.1f}")
     again = ", gradient checkpointing" if plan.config.engine.gradient_checkpointing else ""
     made.add_row(f"training, GFLOP per image{again}", f"{operations.training / 1e9:,.1f}")
+    if found.operations_beside:
+        made.add_row("autoencoder and text encoders, GFLOP per image", f"{found.operations_beside / 1e9:,.1f}")
     made.add_row("activations, GiB per image", f"{(activations.of(1) - activations.fixed) / GIB:.3f}")
     console.print(made)
 
@@ -225,7 +232,7 @@ def show_time(console: Console, plan: Plan, peak: float) -> None:
     num_images = config.train.steps * config.train.global_batch_images
     taken = duration(
         num_images,
-        plan.operations.training,
+        plan.operations_per_image,
         tflops=peak,
         utilisation=plan.utilisation,
         num_gpus=plan.num_ranks,
@@ -255,7 +262,7 @@ def show_scaling(console: Console, plan: Plan, peak: float) -> None:
         precision=config.engine.precision,
         global_batch=config.train.global_batch_images,
         micro_batch=plan.micro_batch,
-        flops_per_image=plan.operations.training,
+        flops_per_image=plan.operations_per_image,
         flops_per_s=peak * 1e12 * plan.utilisation,
         gpus_per_node=plan.gpus_per_node,
         nodes=[nodes for nodes in NODES if config.data.lanes % (nodes * plan.gpus_per_node) == 0],

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch.nn import Module
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -20,7 +21,7 @@ from pipeline.data.index import ShardSet
 from pipeline.data.order import check_ranks
 from pipeline.data.store import is_url
 from pipeline.errors import UsageError, blame
-from pipeline.planning.work import Shape, largest_block, num_parameters
+from pipeline.planning.work import Shape, count_forward, largest_block, num_parameters
 from pipeline.pretrained import resolved
 from pipeline.provenance import open_latent_sets
 from pipeline.run_folder import TRAINING, check_same
@@ -30,6 +31,7 @@ from vae.model import load as load_autoencoder
 from vae.pretrained import HUB_ID
 from vae.single_file import is_single_file
 
+Build = Callable[[], Module]
 CLIP_TOKENS = 77  # of every CLIP text encoder that Stable Diffusion has
 USUAL_CHANNELS, USUAL_FACTOR = 4, 8  # of Stable Diffusion's autoencoders
 OVERHEAD_BYTES = 1536  # of a sample beside its moments: two tar headers and a padded label, or a short caption
@@ -44,6 +46,7 @@ class Found:
     num_largest_block: int  # of one level of the U-Net
     num_autoencoder: int | None  # None: not looked at
     num_text: int | None  # None: not looked at; 0: there is none
+    operations_beside: int  # for each image, of the autoencoder and text encoders that run in each step
     num_samples: int | None
     shard_bytes: int | None
     notes: tuple[str, ...]  # what was not looked at, or assumed
@@ -54,12 +57,12 @@ def look(config: Config, num_ranks: int) -> Found:
     """Everything that the config names.  Raises UsageError where the U-Net's own shape can't be had."""
     notes: list[str] = []
     failures: list[str] = []
-    channels, factor, num_autoencoder = _autoencoder(config, notes, failures)
+    channels, factor, autoencoder = _autoencoder(config, notes, failures)
     if config.data.image_size % factor:
         failures.append(
             f"data.image_size: {config.data.image_size} came, a multiple of the VAE's factor {factor} was wanted"
         )
-    num_tokens, width, pooled, num_text = _text(config, notes, failures)
+    num_tokens, width, pooled, encoders = _text(config, notes, failures)
     unet = config.unet
     if unet.start_from is not None and _on_hub(unet.start_from):
         notes.append(f"unet.start_from: {unet.start_from} lies on the hub, not looked at; counted by the keys here")
@@ -82,16 +85,23 @@ def look(config: Config, num_ranks: int) -> Found:
     except (ValueError, TypeError) as error:
         raise UsageError(f"unet: {str(error).partition(chr(10))[0]}") from error
     before = len(failures)
-    with_shards = _shards(config, notes, failures)
+    num_samples, shard_bytes = _shards(config, notes, failures)
     if len(failures) == before:
         _provenance(config, pooled is not None, failures)
     _run_folder(config, unet, failures)
     failures += of_batch(config, num_ranks)
-    if config.data.train_latents is None:
-        notes.append("data.train_latents: null; the autoencoder runs in each step, its operations are not counted")
-    if config.conditioning.text is not None and config.conditioning.text.embeddings == "online":
-        notes.append("conditioning.text: online; the text encoders run in each step, their operations are not counted")
-    return Found(shape, num_unet, num_block, num_autoencoder, num_text, *with_shards, tuple(notes), tuple(failures))
+    return Found(
+        shape,
+        num_unet,
+        num_block,
+        num_autoencoder=num_parameters(autoencoder) if autoencoder else None,
+        num_text=None if encoders is None else sum(map(num_parameters, encoders)),
+        operations_beside=_operations_beside(config, autoencoder, encoders, num_tokens, notes),
+        num_samples=num_samples,
+        shard_bytes=shard_bytes,
+        notes=tuple(notes),
+        failures=tuple(failures),
+    )
 
 
 def of_batch(config: Config, num_ranks: int) -> list[str]:
@@ -174,13 +184,33 @@ def _run_folder(config: Config, unet: UnetConfig, failures: list[str]) -> None:
             failures.append(str(error))
 
 
-def _autoencoder(config: Config, notes: list[str], failures: list[str]) -> tuple[int, int, int | None]:
-    """Latent channels, factor, parameters."""
+def _operations_beside(
+    config: Config, autoencoder: Build | None, encoders: list[Build] | None, num_tokens: int, notes: list[str]
+) -> int:
+    """Of an image that is encoded in each step, and of a caption.  An encoder that learns has a backward pass, too."""
+    total, text, side = 0, config.conditioning.text, config.data.image_size
+    if config.data.train_latents is None:
+        if autoencoder is None:
+            notes.append("data.train_latents: null; what the autoencoder computes in each step is not counted")
+        else:
+            total += count_forward(autoencoder, lambda vae: vae.encode(torch.zeros(1, 3, side, side)))
+    if text is not None and text.embeddings == "online":
+        if encoders is None:
+            notes.append("conditioning.text: online; what the text encoders compute in each step is not counted")
+        else:
+            words = torch.zeros(1, num_tokens, dtype=torch.int64)
+            asked = sum(count_forward(build, lambda model: model(words.to("meta"))) for build in encoders)
+            total += asked * (3 if text.train else 1)
+    return total
+
+
+def _autoencoder(config: Config, notes: list[str], failures: list[str]) -> tuple[int, int, Build | None]:
+    """Latent channels, factor, what builds it."""
     path = config.vae.path
     place = Path(path).expanduser()
     if said := _config_json(place, "vae"):
         levels = len(said["block_out_channels"])
-        return int(said["latent_channels"]), 2 ** (levels - 1), num_parameters(_of_config(AutoencoderKL, said))
+        return int(said["latent_channels"]), 2 ** (levels - 1), _of_config(AutoencoderKL, said)
     if _on_hub(path):
         notes.append(
             f"vae.path: {path} lies on the hub, not looked at; {USUAL_CHANNELS} channels and f={USUAL_FACTOR} are "
@@ -194,28 +224,30 @@ def _autoencoder(config: Config, notes: list[str], failures: list[str]) -> tuple
     failures.append(f"vae.path: {path} came, and there is no autoencoder; train one (train-vae), or correct the path")
     notes.append("vae.path: nothing there; counted by vae.model")
     factor = 2 ** (len(model.block_out_channels) - 1)
-    return model.latent_channels, factor, num_parameters(lambda: build_autoencoder(model))
+    return model.latent_channels, factor, lambda: build_autoencoder(model)
 
 
-def _text(config: Config, notes: list[str], failures: list[str]) -> tuple[int, int | None, int | None, int | None]:
-    """Tokens L, their width, what is pooled, parameters; widths are None where nothing says them."""
+def _text(
+    config: Config, notes: list[str], failures: list[str]
+) -> tuple[int, int | None, int | None, list[Build] | None]:
+    """Tokens L, their width, what is pooled, what builds the encoders; None where nothing says it."""
     text = config.conditioning.text
     if text is None:
-        return 1, None, None, 0
+        return 1, None, None, []
     if text.path is None:
         two = len(text.models) == 2
         pooled = text.models[1].width if two else None
-        total = sum(num_parameters(_from_scratch(model, two and i == 1)) for i, model in enumerate(text.models))
-        return text.models[0].num_tokens, sum(model.width for model in text.models), pooled, total
+        builds = [_from_scratch(model, two and i == 1) for i, model in enumerate(text.models)]
+        return text.models[0].num_tokens, sum(model.width for model in text.models), pooled, builds
     folder = Path(text.path).expanduser()
     said = [_config_json(folder / name, None) for name in ("text_encoder", "text_encoder_2")]
     there = [each for each in said if each]
     if there:
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-        total = sum(num_parameters(_clip(kind, each)) for kind, each in zip(kinds, there, strict=False))
+        builds = [_clip(kind, each) for kind, each in zip(kinds, there, strict=False)]
         pooled = int(there[1].get("projection_dim", 512)) if len(there) > 1 else None
         width = sum(int(each["hidden_size"]) for each in there)
-        return int(there[0].get("max_position_embeddings", CLIP_TOKENS)), width, pooled, total
+        return int(there[0].get("max_position_embeddings", CLIP_TOKENS)), width, pooled, builds
     if _on_hub(text.path):
         notes.append(
             f"conditioning.text.path: {text.path} lies on the hub, not looked at; {CLIP_TOKENS} tokens are assumed, "
@@ -233,16 +265,16 @@ def _config_json(folder: Path, inner: str | None) -> dict[str, Any] | None:
     return None
 
 
-def _of_config(kind: type[ModelMixin], said: dict[str, Any]) -> Callable[[], Module]:
+def _of_config(kind: type[ModelMixin], said: dict[str, Any]) -> Build:
     arguments = {key: value for key, value in said.items() if not key.startswith("_")}
     return lambda: cast(Module, cast(Any, kind).from_config(arguments))
 
 
-def _clip(kind: Any, said: dict[str, Any]) -> Callable[[], Module]:
+def _clip(kind: Any, said: dict[str, Any]) -> Build:
     return lambda: kind(CLIPTextConfig(**said))
 
 
-def _from_scratch(model: TextModelConfig, projected: bool) -> Callable[[], Module]:
+def _from_scratch(model: TextModelConfig, projected: bool) -> Build:
     settings = CLIPTextConfig(
         vocab_size=model.vocabulary,
         hidden_size=model.width,

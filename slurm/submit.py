@@ -257,12 +257,12 @@ def script(file: str, name: str, site: Site, code: Path, *, options: list[str], 
     if file == "train.sbatch":
         settings["STAGE"] = shlex.quote(site.stage or "")
     lines = (PROJECT / "slurm" / file).read_text(encoding="utf-8").splitlines()
-    body = lines[lines.index("set -u") :]
+    begin, body = lines[lines.index("TOLD=0") : lines.index("set -u")], lines[lines.index("set -u") :]
     for key, value in settings.items():
         (at,) = (i for i, line in enumerate(body) if line.startswith(f"{key}="))
         body[at] = f"{key}={value}"
     head = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(option)}" for option in options)]
-    return "\n".join([*head, f"set -- {shlex.join(words)}", *site.setup, *body]) + "\n"
+    return "\n".join([*head, *begin, f"set -- {shlex.join(words)}", *site.setup, *body]) + "\n"
 
 
 def container(site: Site, code: Path) -> list[str]:

@@ -6,11 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig
 from world import World
 
 from pipeline.__main__ import main
 from pipeline.config_file import load_config
-from pipeline.preflight import of_batch
+from pipeline.planning.work import count_forward
+from pipeline.preflight import look, of_batch
+from vae.config import VaeModelConfig
+from vae.model import build, load
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "text512_sd2.yaml"
 
@@ -99,3 +106,32 @@ def test_what_a_run_would_refuse_is_found_before(world: World, capsys: pytest.Ca
     assert said(capsys, config)[0] == 0
     code, _, errors = said(capsys, config, "seed=4")
     assert code == 2 and len(errors) == 1 and "belongs to another config: seed was 3, now 4" in errors[0]
+
+
+def test_what_runs_beside_the_network_is_counted(world: World) -> None:
+    """An encoder that learns costs three times its forward pass; latents that lie there cost nothing."""
+    assert look(load_config(world.config), 1).operations_beside == 0
+    vae = load(str(load_config(world.config).vae.path))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(torch.zeros(1, 3, 16, 16))
+    attention = 4 * 64**2 * 8  # two products of 64 places by 64 with 8 channels, which the CPU's kernel doesn't tell of
+    online = look(load_config(world.config, ["data.train_latents=null"]), 1)
+    assert online.operations_beside == counter.get_total_flops() + attention
+    folder = world.root / "text"
+    CLIPTextConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1).save_pretrained(folder / "text_encoder")
+    values = yaml.safe_load(world.config.read_text())
+    values["conditioning"] = {"kind": "text", "text": {"path": str(folder)}}
+    world.config.write_text(yaml.safe_dump(values))
+    frozen, learns = (
+        look(load_config(world.config, [f"conditioning.text.train={train}"]), 1) for train in ("false", "true")
+    )
+    assert 0 < 3 * frozen.operations_beside == learns.operations_beside
+
+
+def test_the_usual_autoencoder_is_counted_right() -> None:
+    """Stable Diffusion's encoder: 273 GFLOP at 256 pixels, 1,117 at 512."""
+    shape = VaeModelConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
+    for side, gflop in ((256, 273), (512, 1117)):
+        image = torch.zeros(1, 3, side, side, device="meta")
+        counted = count_forward(lambda: build(shape), lambda vae, image=image: vae.encode(image))
+        assert counted == pytest.approx(gflop * 1e9, rel=0.005)

@@ -107,6 +107,8 @@ def test_a_site_is_said_once(world: World, submit: Submit, dry: Callable[..., st
     said = dry("--site=site.yaml", "--partition=debug").splitlines()
     wanted = "#SBATCH --partition=debug", "#SBATCH --gpus-per-node=4", "#SBATCH --exclusive", "module load cuda"
     assert {*wanted, "STAGE=/nvme"} <= {*said}
+    trap = next(i for i, line in enumerate(said) if line.startswith("trap "))
+    assert trap < said.index("module load cuda") < said.index("set -u")  # modules may use what is not set
     for text, told in (
         ("partitoin: gpu", "site.yaml: partitoin: unknown key; did you mean partition?"),
         ("gpu: h1000", "site.yaml: gpu: 'h1000' came, one of "),

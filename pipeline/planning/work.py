@@ -116,6 +116,13 @@ def count_operations(shape: Shape, *, checkpointing: bool) -> Operations:
             return Operations(forward, int(counter.get_total_flops()))
 
 
+def count_forward(build: Callable[[], Module], ask: Callable[[Any], object]) -> int:
+    """The same of a network's forward pass alone.  `ask`: calls it with tensors of one image."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ask(build())
+        return int(counter.get_total_flops())
+
+
 def measure_activations(shape: Shape, precision: Precision, *, checkpointing: bool) -> Activations:
     """The saved tensors of 1 and of 2 images, each storage once; they are linear in the images.
 

@@ -151,7 +151,7 @@ def test_no_moment_is_a_bad_one(cluster: Cluster, world: World, moment: int) -> 
         cluster.wait(job, log, lambda one, turn=turn: one["JobState"] == "RUNNING" and one["Restarts"] == str(turn))
         if moment % 2:
             reach(cluster, world, job, saved_step(world) + wait.randrange(1, 8))
-        time.sleep(wait.uniform(0, 0.5 if moment % 2 else 5))
+        time.sleep(wait.uniform(0, 0.5) if moment % 2 else wait.uniform(0.5, 5))  # bash reads its first lines
         cluster.say("scancel", "--batch", "--signal=USR1", str(job))
         cluster.wait(job, log, lambda one, after=str(turn + 1): one["Restarts"] == after)
     ends_as_undisturbed(cluster, world, job, *words)
