@@ -154,3 +154,9 @@ class TrackingConfig(Section):
 
     every_steps: int = Field(default=10, gt=0, description="Optimizer steps between rows of metrics.jsonl.")
     tensorboard: bool = Field(default=True, description="Write RUN/tensorboard too.")
+    wandb: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Project in which Weights & Biases shows the same curves (extra wandb; WANDB_MODE=offline keeps "
+        "them in RUN/wandb); null: none.",
+    )

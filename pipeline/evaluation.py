@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline import files, program, sampler
-from pipeline.bounds import Costs, counted
+from pipeline.bounds import Costs, Encoded, counted
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
 from pipeline.config_evaluation import EvaluationConfig, FeaturesConfig
@@ -43,6 +45,7 @@ from vae.likelihood import autoencoder_nll
 from vae.model import state_sha256, weights_sha256
 
 Note = Callable[[int, dict[str, float]], None]  # step, figures
+Of = Callable[[Encoded, Sequence[Asked]], Tensor]  # held-out images, what they show → a number or more of each
 FITTED = "classifier."  # before the names of the fitted classifier's arrays
 OF_HELD_OUT = ("validation_loss", "bits_per_dim", "bits_per_dim_standard_error")  # scores that no network gives
 
@@ -72,6 +75,19 @@ class Looked:
     held_out: RealFeatures
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Some of the held-out images, by their number in the set."""
+
+    total: int  # of the set
+    images: Mapping[int, NDArray[np.uint8]]  # [H,W,3]
+    asked: Mapping[int, Asked]  # what they show
+
+
+class OneClassError(Exception):
+    """All labels are the same: no classifier can be fitted."""
+
+
 class Evaluation:
     """All that the evaluations of a run share."""
 
@@ -90,7 +106,6 @@ class Evaluation:
         self.looked: dict[str, Looked] = {}
         self.floors: Scores = {}
         engine.main_does(self._look)
-        self.own_images, self.own_asked = self._own()
 
     # What is made ready ---------------------------------------------------------------------------
 
@@ -111,7 +126,6 @@ class Evaluation:
 
     def _fitted(self, settings: FeaturesConfig) -> Looked | None:
         """The classifier; None where the images have no two labels."""
-        described = Classifier.described(self.train.description, self.config.seed)
         if not self.train.has_labels():
             program.say("the images have no labels: no classifier is fitted, and its features' scores are left out")
             return None
@@ -120,42 +134,35 @@ class Evaluation:
             shown = self.train.shown
             fitted = fit_classifier(shown.pixels, shown.labels, self.config.seed)
             if fitted is None:
-                raise LookupError
+                raise OneClassError
             state = {f"{FITTED}{name}": array for name, array in fitted.state().items()}
-            return state | self._see(Classifier(fitted, self.train.description), shown, settings.title)
+            return state | self._see(settings, Classifier(fitted, self.train.description), self.train)
 
+        described = Classifier.described(self.train.description, self.config.seed)
         try:
-            train = self._real(settings.title, self.train, described, look)
-        except LookupError:
+            train = self._real(settings, self.train, described, look)
+        except OneClassError:
             return None
         state = {name.removeprefix(FITTED): array for name, array in train.arrays.items() if name.startswith(FITTED)}
         network = Classifier(ImageClassifier(self.config.seed).load(state), self.train.description)
-        return self._beside_held_out(settings, network, train)
+        return Looked(settings, network, train, self._real_by(settings, network, self.held_out))
 
     def _opened(self, settings: FeaturesConfig) -> Looked:
         network = open_network(settings, self.engine.device)
-        train = self._real(
-            settings.title,
-            self.train,
-            network.description,
-            lambda: self._see(network, self.train.shown, settings.title),
-        )
-        return self._beside_held_out(settings, network, train)
-
-    def _beside_held_out(self, settings: FeaturesConfig, network: FeatureNetwork, train: RealFeatures) -> Looked:
-        held_out = self._real(
-            settings.title,
-            self.held_out,
-            network.description,
-            lambda: self._see(network, self.held_out.shown, settings.title),
-        )
+        train, held_out = (self._real_by(settings, network, images) for images in (self.train, self.held_out))
         return Looked(settings, network, train, held_out)
 
-    def _real(self, title: str, of: RealSet, network: dict[str, Any], look: Any) -> RealFeatures:
-        return real_features(cache_folder(self.config), title, {"images": of.description, "network": network}, look)
+    def _real_by(self, settings: FeaturesConfig, network: FeatureNetwork, images: RealSet) -> RealFeatures:
+        return self._real(settings, images, network.description, lambda: self._see(settings, network, images))
 
-    def _see(self, network: FeatureNetwork, shown: Shown, title: str) -> Arrays:
-        return look_at(network, shown, self.settings.batch_images, title)
+    def _real(
+        self, settings: FeaturesConfig, images: RealSet, network: dict[str, Any], look: Callable[[], Arrays]
+    ) -> RealFeatures:
+        description = {"images": images.description, "network": network}
+        return real_features(cache_folder(self.config), settings.title, description, look)
+
+    def _see(self, settings: FeaturesConfig, network: FeatureNetwork, images: RealSet) -> Arrays:
+        return look_at(network, images.shown, self.settings.batch_images, settings.title)
 
     def _check_enough(self, looked: Looked) -> None:
         for of, real in ((self.train, looked.train), (self.held_out, looked.held_out)):
@@ -175,15 +182,24 @@ class Evaluation:
             scores["clip_score"] = float(clip_scores(real.features, captions).mean())
         return {f"validation/{name}": value for name, value in scores.items()}
 
-    def _own(self) -> tuple[NDArray[np.uint8], list[Asked]]:
-        """The held-out images whose losses and bits are counted, and what they show.  Nothing where there are none."""
-        wanted = self.settings.loss_images or (self.settings.bits and self.settings.likelihood.num_images)
-        shown = self.held_out.shown if wanted else None
+    @cached_property
+    def own(self) -> HeldOut:
+        """The held-out images whose losses and bits are counted.
+
+        Raises UsageError where they don't say what they show.
+        """
+        settings, shown = self.settings, self.held_out.shown
+        total = len(shown.pixels)
+        asked = own_conditions(self.config, shown)
+        chosen = {*spaced(total, settings.loss_images), *counted(total, settings.likelihood.num_images)}
+        return HeldOut(total, {i: shown.pixels[i].copy() for i in chosen}, {i: asked[i] for i in chosen})
+
+    def make_light(self) -> None:
+        """For a training: read what is still wanted of the pixels, and free all others."""
+        if self.settings.loss_images or self.settings.bits:
+            _ = self.own
         self.train.forget()
         self.held_out.forget()
-        if shown is None:
-            return np.zeros((0, 1, 1, 3), np.uint8), []
-        return shown.pixels, own_conditions(self.config, shown)
 
     # A model --------------------------------------------------------------------------------------
 
@@ -324,38 +340,37 @@ class Evaluation:
         costs = Costs(pipe, config.diffusion, config.seed, size)
         scores: Scores = {}
 
-        def over_ranks(chosen: Sequence[int], of: Any) -> NDArray[np.float64] | None:
+        def over_ranks(chosen: Sequence[int], of: Of) -> NDArray[np.float64] | None:
             portions = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
             def one(portion: list[int]) -> Any:
-                asked = [self.own_asked[i] for i in portion]
-                return of(costs.encode(self.own_images[portion], portion), asked).tolist()
+                images = np.stack([self.own.images[i] for i in portion])
+                return of(costs.encode(images, portion), [self.own.asked[i] for i in portion]).tolist()
 
             found = in_portions(self.engine, portions, one, go_on, None)
             return None if found is None else np.array([value for each in found for value in each])
 
-        total = len(self.own_images)
-        if settings.loss_images and total and has_variance(pipe, config):
+        if settings.loss_images and has_variance(pipe, config):
             objective = objective_of(config.diffusion, self.engine.device)
             losses = over_ranks(
-                spaced(total, settings.loss_images),
+                spaced(self.own.total, settings.loss_images),
                 lambda of, asked: costs.losses(of, asked, objective, settings.loss_bands),
             )
             if losses is None:
                 return None
             scores |= {f"validation_loss/band-{band}": float(loss) for band, loss in enumerate(losses.mean(axis=0))}
             scores |= {"validation_loss/mean": float(losses.mean()), "validation_loss/num_images": len(losses)}
-        count = settings.likelihood.num_images
-        if settings.bits and count and total and config.diffusion.objective == "ddpm":
+        if settings.bits and settings.likelihood.num_images and config.diffusion.objective == "ddpm":
 
-            def bits(of: Any, asked: list[Asked]) -> Any:
+            def bits(of: Encoded, asked: Sequence[Asked]) -> Tensor:
                 bound = costs.bound(of, asked, None, settings.likelihood.num_timesteps)
                 return autoencoder_nll(bound.total, costs.latent_scale) / math.log(2)
 
-            found = over_ranks(counted(total, count), bits)
+            found = over_ranks(counted(self.own.total, settings.likelihood.num_images), bits)
             if found is None:
                 return None
-            scores |= bits_scores(found)
+            mean, error = average(torch.from_numpy(found))
+            scores |= {"bits_per_dim": mean, "bits_per_dim_standard_error": error}
         return scores
 
 
@@ -414,12 +429,6 @@ def has_variance(pipe: ClassConditionalPipeline, config: Config) -> bool:
     return int(pipe.unet.config["out_channels"]) == wanted
 
 
-def bits_scores(bits: NDArray[np.float64]) -> Scores:
-    """The mean of what each image costs in bits/dim, [N], and its standard error."""
-    mean, error = average(torch.from_numpy(bits))
-    return {"bits_per_dim": mean, "bits_per_dim_standard_error": error}
-
-
 # Rows ---------------------------------------------------------------------------------------------
 
 
@@ -441,9 +450,11 @@ def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row
                 renamed |= {name: f"{name}@{alike[1]}" for name in names}
     if rows and rows[0]["held_out"] != row["held_out"]:
         renamed |= {name: f"{name}@{row['held_out'][:8]}" for name in OF_HELD_OUT}
-    scores = {"/".join(renamed.get(word, word) for word in name.split("/")): v for name, v in row["scores"].items()}
-    references = {renamed.get(title, title): said for title, said in row["references"].items()}
-    return row | {"references": references, "scores": scores}
+
+    def called(name: str) -> str:
+        return "/".join(renamed.get(word, word) for word in name.split("/"))
+
+    return row | {part: {called(name): value for name, value in row[part].items()} for part in ("references", "scores")}
 
 
 def _comparable(row: Row, title: str) -> list[Any]:

@@ -20,7 +20,7 @@ from vae.pretrained import HUB_ID
 
 HUB_FILES = ("*.json", "*.txt", "model*.safetensors")  # of a hub id: no pickles, and no code
 INCEPTION_OUTPUTS = ["2048", "logits_unbiased"]  # FID's features; Inception Score's logits, without their bias
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # FID's weights, as torch-fidelity published them
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # FID's weights, as torch-fidelity published them
 
 Images = NDArray[np.uint8]  # [N,H,W,3]
 
@@ -97,6 +97,11 @@ class Inception:
             ) from error
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"inception's path {path!r} is no file; {INCEPTION_FILE} is wanted")
+        try:
+            if path is not None:
+                torch.load(path, weights_only=True)  # torch-fidelity would open a pickle that runs code, too
+        except Exception as error:  # of whatever a file holds
+            raise ValueError(f"inception's path {path!r} holds no weights alone; {INCEPTION_FILE} is wanted") from error
         try:
             network: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat", INCEPTION_OUTPUTS, feature_extractor_weights_path=path, verbose=False

@@ -81,7 +81,7 @@ class Journal:
         """Go on after `step` and at `position`: rows of later ones belong to work that was lost."""
         self._close_rows()
         is_main, tracking = self.engine.is_main, self.config.tracking
-        self.tracker = Tracker(self.run, after_step=step, tensorboard=tracking.tensorboard, is_main=is_main)
+        self.tracker = Tracker(self.run, tracking, after_step=step, is_main=is_main)
         self.quarantine = Quarantine(
             self.run, self.config.data.quarantine, position=position, count=replaced, is_main=is_main
         )

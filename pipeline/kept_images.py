@@ -151,13 +151,12 @@ def forget_older(run: Path, step: int) -> None:
 
 def common_asked(first: KeptImages, second: KeptImages) -> Sequence[Asked]:
     """What both were asked to show.  Raises UsageError where image i of one is no twin of image i of the other."""
-    for name in ("seed", "asked"):
-        if getattr(first, name) != getattr(second, name):
-            was, now = (getattr(each, name) for each in (first, second))
-            came = f"{len(was)} and {len(now)} images" if len(was) != len(now) else "others at the same place"
-            told = f"{was} and {now}" if name == "seed" else came
-            raise UsageError(
-                f"{first.folder} and {second.folder}: images of another {'seed' if name == 'seed' else 'wish'} came "
-                f"({told}); evaluate both with the same seed, evaluation.num_images and data"
-            )
+    where = f"{first.folder} and {second.folder}"
+    again = "evaluate both with the same seed, evaluation.num_images and data"
+    if first.seed != second.seed:
+        raise UsageError(f"{where}: images of other noise came (seeds {first.seed} and {second.seed}); {again}")
+    if first.asked != second.asked:
+        counts = len(first.asked), len(second.asked)
+        told = "others at the same place" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} images"
+        raise UsageError(f"{where}: images of other wishes came ({told}); {again}")
     return first.asked

@@ -1,15 +1,21 @@
-"""What a run writes down: metrics.jsonl and evaluations.jsonl first, TensorBoard through Accelerate beside them."""
+"""What a run writes down: metrics.jsonl, evaluations.jsonl; TensorBoard and W&B through Accelerate beside them."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import secrets
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.utils import is_wandb_available
+
 from pipeline import files
+from pipeline.config_evaluation import TrackingConfig
+from pipeline.errors import UsageError
 
 EVALUATIONS = "evaluations.jsonl"
 ROW_KEYS = ("step", "ema", "guidance_scale", "num_inference_steps", "num_images", "references")  # whose row it is
@@ -20,9 +26,16 @@ Row = dict[str, Any]
 class Tracker:
     """Rows of numbers by step, written by rank 0 alone.  A resumed run goes on where its checkpoint was."""
 
-    def __init__(self, folder: Path, *, after_step: int, tensorboard: bool, is_main: bool) -> None:
-        """Rows later than `after_step` belong to work that was lost: they are cut off."""
-        self.file = self.board = None
+    def __init__(self, folder: Path, config: TrackingConfig, *, after_step: int, is_main: bool) -> None:
+        """Rows later than `after_step` belong to work that was lost: they are cut off.
+
+        Raises UsageError, on every rank, where Weights & Biases is asked for and not installed.
+        """
+        self.file, self.boards = None, list[Any]()
+        if config.wandb is not None and not is_wandb_available():
+            raise UsageError(
+                "tracking.wandb: its package is not installed; pip install latent-diffusion-pipeline[wandb], or null"
+            )
         if not is_main:
             return
         path = folder / "metrics.jsonl"
@@ -30,26 +43,38 @@ class Tracker:
         files.write_text(path, "".join(f"{line}\n" for line in keep))
         forget_evaluations(folder, after_step)
         self.file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from accelerate.tracking import TensorBoardTracker
+        if config.tensorboard:
+            self.boards.append(TensorBoardTracker("tensorboard", str(folder), purge_step=after_step + 1))
+        if config.wandb is not None:
+            self.boards.append(_wandb(folder, config.wandb))
+        for board in self.boards:
+            board.start()
 
-            self.board = TensorBoardTracker("tensorboard", str(folder), purge_step=after_step + 1)
-            self.board.start()
-
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         """Add a row; `step` is one of its numbers."""
         if self.file is not None:
             self.file.write(json.dumps(row, allow_nan=False) + "\n")
             self.file.flush()
-        if self.board is not None:
-            self.board.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        for board in self.boards:
+            board.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def close(self) -> None:
         """Flush what is open."""
         if self.file is not None:
             self.file.close()
-        if self.board is not None:
-            self.board.finish()
+        for board in self.boards:
+            board.finish()
+
+
+def _wandb(folder: Path, project: str) -> Any:
+    """Accelerate's tracker for one run there, whose id lies in the folder.
+
+    Rows of steps that it has already, which a resumed run takes again alike, W&B itself passes over.
+    """
+    named = folder / "wandb-id.txt"
+    if not named.exists():
+        files.write_text(named, secrets.token_hex(8))
+    return WandBTracker(project, id=named.read_text(), name=folder.name, dir=str(folder), resume="allow")
 
 
 # evaluations.jsonl --------------------------------------------------------------------------------

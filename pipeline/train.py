@@ -218,6 +218,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
     titled: Any = engine.main_does(lambda: sampler.rows_of(config, PICTURE_ROWS))
     rows = [(title, Asked(*ask)) for title, ask in titled]
     evaluation = Evaluation(engine, config) if config.evaluation.scores_every_steps else None
+    if evaluation is not None:
+        evaluation.make_light()
     average, taken_up = profiles(config.ema)[0].name, training.step
     for step in training.steps(loss_of, again=evaluation is not None):
         is_shown = step % config.evaluation.every_steps == 0 and step != taken_up

@@ -174,3 +174,50 @@ def test_the_other_objectives_are_trained_exported_and_scored(objective: str, wo
     kind = json.loads((world.run_dir / "export" / "model_index.json").read_text())["scheduler"][1]
     assert kind == {"edm": "EDMEulerScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}[objective]
     assert "likelihood/ode_bits_per_dim" in json.loads((world.run_dir / "scores.json").read_text())
+
+
+# The loss in bands --------------------------------------------------------------------------------
+
+
+def test_losses_are_the_training_s_at_times_from_each_band() -> None:
+    from pipeline.denoiser import objective_of
+
+    costs = costs_of({"num_timesteps": 40})
+    of, objective = costs.encode(IMAGES, range(10)), objective_of(costs.diffusion, torch.device("cpu"))
+    seen: list[Tensor] = []
+    hook = costs.pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    found = costs.losses(of, ASKED, objective, 4)
+    hook.remove()
+    assert found.shape == (10, 4) and found.dtype == torch.float64
+    for band in range(4):
+        told = torch.cat(seen[band::4])  # three batches, each band in turn
+        assert told.min() >= 10 * band and told.max() < 10 * (band + 1) and len(told.unique()) > 1
+    alone = costs.encode(IMAGES[6:7], [6])
+    torch.testing.assert_close(costs.losses(alone, ASKED[6:7], objective, 4)[0], found[6], rtol=1e-4, atol=1e-5)
+    t = torch.cat(seen[2::4])[6]
+    eps = torch.from_numpy(normal(5, Purpose.VALIDATION_NOISE, 6, (4, 8, 8), fine=2))[None]
+    abar = objective.schedule.alphas_cumprod[t]  # pyright: ignore[reportAttributeAccessIssue]
+    z_t = (abar.sqrt() * of.z_0[6:7] + (1 - abar).sqrt() * eps).float()
+    with torch.no_grad():
+        said = costs.network(ASKED[6:7])(z_t, t[None])
+    assert float((said - eps).square().mean()) == pytest.approx(float(found[6, 2]), rel=1e-4)
+
+
+def test_the_mean_over_bands_estimates_the_training_loss() -> None:
+    from pipeline.denoiser import objective_of
+
+    for values in ({"num_timesteps": 100}, {"objective": "edm"}, {"objective": "flow"}):
+        costs = costs_of(values)
+        of, objective = costs.encode(IMAGES, range(10)), objective_of(costs.diffusion, torch.device("cpu"))
+        found = costs.losses(of, ASKED, objective, 20).mean()
+        network, drawn = costs.network(ASKED), []
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(40):
+            u = torch.rand(10, generator=generator, dtype=torch.float64)
+            eps = torch.randn(10, 4, 8, 8, generator=generator)
+            noised = objective.noised(of.z_0, u, eps)
+            with torch.no_grad():
+                drawn.append(objective.loss(network(noised.z, noised.time), of.z_0, eps, noised)[0])
+        wanted = torch.cat(drawn)
+        error = float(wanted.std() / len(wanted) ** 0.5 + wanted.std() / 200**0.5)
+        assert abs(float(found) - float(wanted.mean())) < 4 * error

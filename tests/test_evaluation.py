@@ -136,14 +136,22 @@ def wait_for(found: Any, seconds: float = 120) -> None:
     assert found()
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGKILL"])
-@pytest.mark.parametrize("step", [4, 8])
-def test_stopped_while_it_draws_it_goes_on(world: World, how: str, step: int) -> None:
+LONG = (*IN_LOOP, "evaluation.num_inference_steps=20", "evaluation.num_images=64")
+
+
+@pytest.fixture(scope="module")
+def straight(scored: World) -> Path:
+    """A run whose evaluations take a second or two."""
+    run = scored.root / "straight"
+    assert scored.do("train", *LONG, f"run_dir={run}") == [0], scored.said()
+    return run
+
+
+@pytest.mark.parametrize(("how", "step"), [("SIGUSR1", 4), ("SIGTERM", 8), ("SIGKILL", 8)])
+def test_stopped_while_it_draws_it_goes_on(world: World, straight: Path, how: str, step: int) -> None:
     """In the middle of the training and at its end: what was drawn stays, the numbers are a straight run's."""
-    words = (*IN_LOOP, "evaluation.num_inference_steps=50", "evaluation.num_images=64")
-    straight, stopped = world.root / "straight", world.root / "stopped"
-    assert world.do("train", *words, f"run_dir={straight}") == [0], world.said()
-    started = world.start("train", *words, f"run_dir={stopped}")
+    stopped = world.root / "stopped"
+    started = world.start("train", *LONG, f"run_dir={stopped}")
     drawn = f"evaluation/step-{step:09d}-guidance-1-*/*.npy"
     wait_for(lambda: len(list(stopped.glob(drawn))) >= 2)
     os.kill(int(started[0].pid or 0), getattr(signal, how))
@@ -154,15 +162,15 @@ def test_stopped_while_it_draws_it_goes_on(world: World, how: str, step: int) ->
         assert started[0].exitcode == 1
         status = world.status(stopped)
         assert status == {"state": "preempted", "step": step, "reason": f"{how} after step {step}"}
-        assert not (stopped / "evaluations.jsonl").exists() or evaluations(stopped)[-1]["step"] < step
-    assert world.do("train", *words, f"run_dir={stopped}") == [0], world.said()
+        assert step == 4 or evaluations(stopped)[-1]["step"] == 4
+    assert world.do("train", *LONG, f"run_dir={stopped}") == [0], world.said()
     assert world.status(stopped)["state"] == "done"
     if step == 8:
         assert {path: path.stat().st_mtime_ns for path in portions} == portions, "they were drawn twice"
     close(evaluations(straight), evaluations(stopped))
     assert losses(straight) == losses(stopped)
-    curves = [row for row in rows(straight) if "loss" not in row]
-    assert curves == [row for row in rows(stopped) if "loss" not in row], "each curve has each point once"
+    curves = [[row for row in rows(run) if "loss" not in row] for run in (straight, stopped)]
+    assert [list(row) for row in curves[0]] == [list(row) for row in curves[1]], "each curve has each point once"
 
 
 def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World, tmp_path: Path) -> None:
@@ -176,6 +184,50 @@ def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World,
     other = [row for row in found if row["num_images"] == 24]
     assert len(other) == 2 and not [name for name in other[0]["scores"] if name.startswith("classifier/")]
     assert [name for name in other[0]["scores"] if name.startswith("classifier@") and name.endswith("/fid")]
+
+
+# Two models ---------------------------------------------------------------------------------------
+
+
+def test_two_models_are_compared_in_pairs(scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    words = (f"run_dir={run}", "evaluation.guidance_scales=[2.0]", "evaluation.bits=true")
+    assert scored.do("evaluate", *words, "--checkpoint", "step-000000004") == [0], scored.said()
+    early, late = (next((run / "evaluation").glob(f"step-00000000{step}-guidance-2-*")) for step in (4, 8))
+    log = tmp_path / "log.txt"
+
+    def compare(*folders: Path, code: int = 0) -> str:
+        named = (str(folder) for folder in folders)
+        log.write_text("")
+        found = scored.do("evaluate", *words, "--compare", *named, "--resamples", "50", log=log)
+        assert found == [code], log.read_text()
+        return log.read_text()
+
+    compare(early, late)
+    (found,) = json.loads((run / "evaluation" / "comparison.json").read_text())
+    rows_of_2 = {row["step"]: row["scores"] for row in evaluations(run) if row["guidance_scale"] == 2}
+    for name, each in found["differences"].items():
+        assert (each["a"], each["b"]) == pytest.approx((rows_of_2[4][name], rows_of_2[8][name])), name
+        assert each["difference"] == each["a"] - each["b"] and each["low"] <= each["high"]
+    assert found["differences"].keys() == {
+        *(f"classifier/{name}" for name in ("fid", "kid", "precision", "density", "near_copy_share")), "accuracy",
+    }  # fmt: skip
+    assert scored.do("export", f"run_dir={run}") == [0]
+    assert "50 resamples of 20 pairs" in compare(run / "export", late)
+    (same,) = json.loads((run / "evaluation" / "comparison.json").read_text())
+    assert {(each["low"], each["high"]) for each in same["differences"].values()} == {(0, 0)}, "one and the same model"
+    compare(run, run / "export")  # a run folder: its newest kept images
+    assert "no export, no kept images and no run" in compare(tmp_path, late, code=2)
+    said = json.loads((early / "said.json").read_text())
+    (early / "said.json").write_text(json.dumps(said | {"seed": 4}))
+    assert "images of other noise came (seeds 4 and 3)" in compare(early, late, code=2)
+    (early / "said.json").write_text(json.dumps(said | {"asked": said["asked"][:16]}))
+    assert "(16 and 20 images)" in compare(early, late, code=2)
+    (early / "said.json").write_text(json.dumps(said))
+    next(early.glob("*.npy")).unlink()
+    assert "1 of its portions are not drawn yet" in compare(early, late, code=2)
+    assert "Traceback" not in log.read_text()
 
 
 # Rows and names -----------------------------------------------------------------------------------
@@ -222,6 +274,34 @@ def test_curves_and_flat_names() -> None:
         "checkpoint", "ema", "guidance_2/num_images", "guidance_2/net/fid", "guidance_2/class_accuracy",
         "guidance_2/clip_score", "validation/net/fid", "bits_per_dim", "validation_loss/band-0",
     }  # fmt: skip
+
+
+# Other networks -----------------------------------------------------------------------------------
+
+
+def test_a_text_run_is_scored_by_a_backbone_and_by_clip(made: World, tmp_path: Path) -> None:
+    """Both small and random: no pretrained weights can be had here."""
+    from test_conditioned_runs import KINDS, world_of
+    from test_features import clip, dinov2
+
+    world = world_of(made, tmp_path, KINDS["text"])
+    networks = (
+        f"evaluation.features=[{{network: transformers, path: {dinov2(tmp_path / 'dinov2')}, name: dinov2}}, "
+        f"{{network: clip, path: {clip(tmp_path / 'clip')}}}]"
+    )
+    words = ("train.steps=4", "checkpoint.every_steps=4", "evaluation.scores_every_steps=4", networks)
+    words += (f"evaluation.cache_dir={tmp_path / 'cache'}", "evaluation.guidance_scales=[2.0]")
+    assert world.do("train", *words) == [0], world.said()
+    (row,) = evaluations(world.run_dir)
+    assert row["references"].keys() == {"dinov2", "clip"} and "accuracy" not in row["scores"]
+    assert {"dinov2/fid", "clip/kid", "validation/clip/fid"} <= row["scores"].keys()
+    assert 0 <= row["scores"]["clip_score"] <= 100 and 0 <= row["scores"]["validation/clip_score"] <= 100
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "two networks; the training images are the held-out ones"
+    assert world.do("export", *words) == [0], world.said()
+    assert world.do("evaluate", *words) == [0], world.said()
+    close([row], evaluations(world.run_dir))
+    assert (world.run_dir / "evaluation" / "nearest-guidance_2.png").stat().st_size > 500
+    assert "validation/dinov2/fid" in json.loads((world.run_dir / "scores.json").read_text())
 
 
 # What is refused ----------------------------------------------------------------------------------

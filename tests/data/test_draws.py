@@ -109,6 +109,8 @@ def test_purposes_keep_their_numbers() -> None:
         "TRANSFORM": 18,
         "EVIDENCE_POSTERIOR": 19,
         "EVIDENCE_FIT": 20,
+        "VALIDATION_TIMESTEP": 21,
+        "VALIDATION_NOISE": 22,
     }
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,40 @@ def test_a_number_of_ranks_that_cannot_share_the_batch_is_refused(world: World) 
     assert world.do("train", "train.global_batch_images=9", ranks=2) == [2, 2]
     assert "2 ranks came" in world.said() and "nearest that work: 1, 3" in world.said()
     assert world.said().count("error:") == 1 and "Traceback" not in world.said()
+
+
+def test_two_ranks_score_what_one_scores(world: World) -> None:
+    """In the training's evaluation of equal weights, and by hand; also where one rank is told to stop in it."""
+    words = ("evaluation.bits=true", "evaluation.num_inference_steps=20", "evaluation.num_images=64")
+    in_loop = ("evaluation.scores_every_steps=8",)
+    assert world.do("train") == [0], world.said()
+    one, two, stopped = (world.root / name for name in ("one", "two", "stopped"))
+    for run in (one, two, stopped):
+        shutil.copytree(world.run_dir, run)  # of equal weights: those of two ranks differ by rounding
+    assert world.do("train", *words, *in_loop, f"run_dir={one}") == [0], world.said()
+    assert world.do("train", *words, *in_loop, f"run_dir={two}", ranks=2) == [0, 0], world.said()
+    started = world.start("train", *words, *in_loop, f"run_dir={stopped}", ranks=2)
+    deadline = time.monotonic() + 120
+    while len(list(stopped.glob("evaluation/*/*.npy"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(int(started[1].pid or 0), signal.SIGUSR1)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [1, 1], world.said()
+    assert world.status(stopped) == {"state": "preempted", "step": 8, "reason": "SIGUSR1 after step 8"}
+    assert 4 <= len(list(stopped.glob("evaluation/*/*.npy"))) < 16
+    assert world.do("train", *words, *in_loop, f"run_dir={stopped}") == [0], world.said()  # by one rank, what is left
+    by_hand = world.root / "by_hand"
+    shutil.copytree(world.run_dir, by_hand)
+    newest = ("--checkpoint", "newest")
+    assert world.do("evaluate", *words, f"run_dir={by_hand}", *newest, ranks=2) == [0, 0], world.said()
+    found = [
+        [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+        for run in (one, two, stopped, by_hand)
+    ]
+    for other in found[1:]:
+        for row, twin in zip(found[0], other, strict=True):
+            assert twin["scores"] == pytest.approx(row["scores"], rel=1e-6, abs=1e-6)
 
 
 def launch(world: World, command: list[str], out: Path, **env: str) -> subprocess.CompletedProcess[str]:
