@@ -46,15 +46,15 @@ def main() -> None:
             kind: partial(next, our_steps(config_of(folder, kind, ema={"decays": decays}, train=batch)))
             for kind, decays in kinds.items()
         }
-        beside = {"channels_last": True}
-        ways["channels_last"] = partial(next, our_steps(config_of(folder, "channels_last", train=batch, engine=beside)))
+        engine = {"channels_last": True}
+        ways["channels_last"] = partial(next, our_steps(config_of(folder, "channels_last", train=batch, engine=engine)))
         config = config_of(folder, "plain", train=batch)
         ways |= {"plain": PlainStep(config), "plain again": PlainStep(config), "passes": PassesAlone(config)}
         for _ in range(5):
             for way in ways.values():
                 way()
         found = rounds(ways, args.rounds, random.Random(SEED))
-        one, other = (losses(folder / run) for run in ("one", "channels_last"))
+        ours, beside = (losses(folder / run) for run in ("one", "channels_last"))
     step = ratio(found, "one", "plain")
     quartiles = f"<= 0.88 (quartiles {spread(found, 'one', 'plain')})"
     say("our whole step, one average, over a diffusers-style step", step, quartiles, step <= 0.88, "ratio")
@@ -67,7 +67,7 @@ def main() -> None:
     floor = ratio(found, "passes", "plain")
     say("forward and backward alone, over a diffusers-style step", floor, "none", True, "ratio")
     say("channels_last over ours", ratio(found, "channels_last", "one"), "none", True, "ratio")
-    off = max(abs(a / b - 1) for a, b in zip(one, other, strict=True))
+    off = max(abs(a / b - 1) for a, b in zip(ours, beside, strict=True))
     say("channels_last: a loss off by", off, "<= 0.0001", off <= 1e-4, "relative")
 
 

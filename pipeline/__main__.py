@@ -20,6 +20,7 @@ VERBS = {
     "sample": "draw images from an export",
     "page": "draw from an export in a browser",
     "evaluate": "score an export or a checkpoint, or compare two models",
+    "sweep": "score a model at every combination of sampler settings",
     "report": "a run's curves, pictures and scores → one HTML page",
     "schema": "print the JSON Schema of a config, for editors",
 }

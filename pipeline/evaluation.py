@@ -181,7 +181,7 @@ class Evaluation:
 
         def look() -> bool:
             wanted = [step, ema, self.settings.num_images, self.settings.num_inference_steps]
-            wanted += [self._held_out_fingerprint(), sorted(self._references().values())]
+            wanted += [self._held_out_fingerprint(), sorted(self.references().values())]
             there: set[float] = set()
             for row in read_evaluations(Path(self.config.run_dir)):
                 of_row = [row[key] for key in ("step", "ema", "num_images", "num_inference_steps", "held_out")]
@@ -191,8 +191,8 @@ class Evaluation:
 
         return self.engine.main_does(look)
 
-    def _row(self, kept: KeptImages, model: Model, shared: Scores) -> Row:
-        """Rank 0: one row of RUN/evaluations.jsonl."""
+    def image_scores(self, kept: KeptImages) -> Scores:
+        """Rank 0: the scores of drawn images, by NETWORK/NAME; `accuracy` and `clip_score` without the network's."""
         scores: Scores = {}
         prompts = [asked.prompt for asked in kept.asked]
         for title, yardstick in self.yardsticks.items():
@@ -203,6 +203,10 @@ class Evaluation:
                 probabilities = np.concatenate(named) if named else None
                 captions = yardstick.read(prompts)
                 scores |= yardstick.scores(features, probabilities, labels=labels_of(kept.asked), captions=captions)
+        return scores
+
+    def _row(self, kept: KeptImages, model: Model, shared: Scores) -> Row:
+        """Rank 0: one row of RUN/evaluations.jsonl."""
         row: Row = {
             "step": model.step,
             "checkpoint": model.checkpoint,
@@ -210,13 +214,14 @@ class Evaluation:
             "guidance_scale": kept.guidance_scale,
             "num_inference_steps": kept.num_inference_steps,
             "num_images": len(kept.asked),
-            "references": self._references(),
+            "references": self.references(),
             "held_out": self._held_out_fingerprint(),
-            "scores": scores | self.floors | shared,
+            "scores": self.image_scores(kept) | self.floors | shared,
         }
         return told_apart(read_evaluations(Path(self.config.run_dir)), row, self.settings)
 
-    def _references(self) -> dict[str, str]:
+    def references(self) -> dict[str, str]:
+        """Fingerprint of what each network's scores compare with."""
         return {title: each.train.fingerprint for title, each in self.yardsticks.items()}
 
     def _held_out_fingerprint(self) -> str:

@@ -38,6 +38,7 @@ class KeptImages:
     guidance_scale: float
     num_inference_steps: int
     batch_images: int  # of a portion, which is one call of the sampler
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps
 
     @classmethod
     def of(cls, run: Path, checkpoint: str, **what: Any) -> KeptImages:
@@ -54,6 +55,7 @@ class KeptImages:
             said = files.read_json(folder / SAID)
             asked = tuple(Asked(*each) for each in said.pop("asked"))
             said.pop("in_training", None)
+            said["guidance_interval"] = tuple(said.get("guidance_interval", (0.0, 1.0)))
             kept = cls(folder, asked=asked, **said)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{folder}: no kept images of an evaluation ({type(error).__name__}: {error})") from None
@@ -70,6 +72,7 @@ class KeptImages:
             "num_inference_steps": self.num_inference_steps,
             "batch_images": self.batch_images,
             "asked": [list(each) for each in self.asked],
+            **({"guidance_interval": list(self.guidance_interval)} if self.guidance_interval != (0.0, 1.0) else {}),
         }
 
     @property
@@ -113,6 +116,7 @@ class KeptImages:
                     guidance_scale=self.guidance_scale,
                     num_inference_steps=self.num_inference_steps,
                     batch_images=self.batch_images,
+                    guidance_interval=self.guidance_interval,
                 )
             except RunError as error:
                 raise RunError(f"{self.folder.name}: images {portion.start} to {portion.stop - 1}: {error}") from error

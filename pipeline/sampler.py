@@ -194,6 +194,7 @@ def draw(
     guidance_scale: float,
     num_inference_steps: int,
     batch_images: int,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     bar: tqdm[Any] | None = None,
 ) -> NDArray[np.uint8]:
     """uint8 [N,H,W,3]: image i shows asked[i] and starts from the noise of (seed, indices[i])."""
@@ -201,7 +202,8 @@ def draw(
     seeds = sample_seeds(seed, indices)
     for first in range(0, len(asked), batch_images):
         part = slice(first, first + batch_images)
-        how = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        how: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        how["guidance_interval"] = guidance_interval
         images.append(draw_batch(pipe, asked[part], seeds[part], **how))
         if bar is not None:
             bar.update(len(images[-1]))

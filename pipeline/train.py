@@ -238,10 +238,10 @@ def train(config: Config, args: argparse.Namespace) -> None:
             pipe.register_modules(vae=vae)
         if is_scored and evaluation is not None and pipe is not None:
             evaluation.in_training(pipe, step, average, training.go_on, training.journal.note)
-        if text is not None and conditioning.is_cached:
-            text.to(torch.device("cpu"))
         if engine.is_main:
             keep_report(run)
+        if text is not None and conditioning.is_cached:
+            text.to(torch.device("cpu"))
     engine.main_does(lambda: write_status(run, "done", step=config.train.steps))
     if engine.is_main:
         keep_report(run)

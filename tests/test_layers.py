@@ -69,8 +69,8 @@ LAYERS = {
     """,
     "L3 programs": """
         pipeline.prepare pipeline.index pipeline.train_vae pipeline.measure_vae pipeline.encode pipeline.train
-        pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.report
-        pipeline.schema pipeline.check pipeline.__main__
+        pipeline.reconstruct pipeline.export pipeline.sample pipeline.page pipeline.evaluate pipeline.sweep
+        pipeline.report pipeline.schema pipeline.check pipeline.__main__
     """,
 }
 # These may import only what begins with one of the names given: they can be read, tested and copied alone.

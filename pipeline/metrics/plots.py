@@ -1,5 +1,6 @@
 """Plots of what was measured, for people: PNG files by matplotlib."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,4 +30,18 @@ def bound_plot(path: Path, t: Row, bits: Row, errors: Row, counts: Row, *, title
     right.set(xscale="log", xlabel="timestep t", ylabel="bits/dim of all steps up to t")
     right.set_ylim(bottom=0)
     figure.suptitle(title)
+    figure.savefig(path, format="png")
+
+
+def sweep_plot(path: Path, lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, x: str, y: str) -> None:
+    """A score over a setting: a line for each (label, x, y).  A PNG file."""
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for label, at, values in lines:
+        axes.plot(at, values, marker="o", markersize=4, linewidth=1.2, label=label)
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, format="png")

@@ -128,6 +128,7 @@ def pictures(found: Gathered) -> dict[str, list[tuple[str, Embedded]]]:
     return {
         "grid": those([("images drawn from the export", run / "samples" / "grid.png")]),
         "denoising": those([("latents and predictions along one sampling", run / "evaluation" / DENOISING)]),
+        "sweep": those([("scores over settings of the sampler", run / "evaluation" / "sweep.png")]),
         "bound": those([("the bound's steps", run / "evaluation" / "bound.png")]),
         "neighbours": those([(title, path) for path, title in said.items()]),
         "vae": those(

@@ -57,10 +57,12 @@ class Masters:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(given)))  # pyright: ignore[reportPrivateUsage]
         if sum_over_ranks is not None:
             norm = sum_over_ranks(norm.square()).sqrt()
-        divisor = torch.ones_like(norm) if loss_scale is None else loss_scale.scale.clone()
-        norm = norm / divisor
+        if loss_scale is not None:
+            norm = norm / loss_scale.scale
         bad = ~norm.isfinite()
-        divisor = divisor * ((norm + 1e-6) / self.rule.clip_norm).clamp(min=1.0)
+        divisor = ((norm + 1e-6) / self.rule.clip_norm).clamp(min=1.0)
+        if loss_scale is not None:
+            divisor = divisor * loss_scale.scale
         self._update(gradients, learning_rate, divisor, bad.float())
         skipped = torch.zeros_like(bad) if loss_scale is None else loss_scale.update(bad)
         return StepReport(norm, finite=~bad | skipped, skipped=skipped)

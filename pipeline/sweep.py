@@ -1,0 +1,210 @@
+"""Score a model at every combination of sampler settings: steps, guidance, its interval, average, scheduler.
+
+Each option takes one value or more; the grid is all of their combinations.  Of RUN/export, or with --ema of averages of
+a checkpoint.  The images drawn are kept in RUN/evaluation, so an interrupted sweep goes on where it was.  Results:
+RUN/evaluation/sweep.json, sweep.png and a table, best first.
+"""
+
+from __future__ import annotations
+
+if __package__ in (None, ""):  # started as a file: look for modules in the folder above this one, not in it
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import asking, files, program, sampler
+from pipeline.asking import Wanted
+from pipeline.average import checkpoint_pipeline, find_average
+from pipeline.class_conditional import ClassConditionalPipeline
+from pipeline.config import Config
+from pipeline.drawing import try_out
+from pipeline.engine import Engine
+from pipeline.errors import UsageError, blame
+from pipeline.evaluation import Evaluation, model_sha256
+from pipeline.kept_images import KeptImages
+from pipeline.metrics.plots import sweep_plot
+from pipeline.reporting.page import keep_report
+from pipeline.reporting.words import number, score_of
+from pipeline.run_folder import check_same
+from pipeline.sampler import PASSPORT, Asked
+from vae.tiles import in_tiles
+
+SHOWN = ("fid", "kid", "precision", "recall", "coverage")  # of a network's scores, in the table
+EXPORT = "of the export"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination."""
+
+    ema: str
+    scheduler: str
+    steps: int
+    guidance: float
+    interval: tuple[float, float]
+
+    def label(self, without: str) -> str:
+        """All but one setting, in words."""
+        start, end = self.interval
+        said = {
+            "ema": self.ema,
+            "scheduler": self.scheduler.removesuffix("Scheduler"),
+            "steps": f"{self.steps} steps",
+            "guidance": f"guidance {self.guidance:g}",
+        }
+        whole = "" if (start, end) == (0.0, 1.0) else f" in {start:g}–{end:g}"
+        return ", ".join(word for name, word in said.items() if name != without) + whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, give the exit code."""
+    made = program.config_parser("sweep", __doc__ or "")
+    made.add_argument("--steps", type=int, nargs="+", metavar="N", help="(default: the config's)")
+    made.add_argument("--guidance", type=float, nargs="+", metavar="W", help="scales (default: the config's)")
+    made.add_argument(
+        "--interval", nargs="+", metavar="START,END", default=["0,1"], help="shares of the steps that are guided"
+    )
+    made.add_argument("--ema", nargs="+", metavar="NAME", help="averages of a checkpoint (default: RUN/export's)")
+    made.add_argument("--step", type=int, help="with --ema: of the checkpoint (default: the newest)")
+    made.add_argument("--scheduler", nargs="+", metavar="NAME", help="of diffusers' (default: the model's own)")
+    made.add_argument("--num-images", type=int, metavar="N", help="of each (default: evaluation.num_images)")
+    return program.run_config(made, argv, sweep, None)
+
+
+def sweep(config: Config, args: argparse.Namespace) -> None:
+    """The grid → images of each point → scores → JSON, table, picture."""
+    engine, run = Engine(config.engine), Path(config.run_dir)
+    check_same(run, config, ("conditioning", "diffusion"))
+    intervals = [interval_of(text) for text in args.interval]
+    changed: dict[str, Any] = {"loss_images": 0, "bits": False}  # which no setting of the sampler changes
+    if args.num_images is not None:
+        changed["num_images"] = args.num_images
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changed)})
+    settings = config.evaluation
+    evaluation = Evaluation(engine, config)
+    if not evaluation.yardsticks:
+        raise UsageError("evaluation.features: no network is there to score with; name one")
+    rows: list[dict[str, Any]] = []
+    path = run / "evaluation" / "sweep.json"
+    for ema, pipe, checkpoint in models_of(engine, config, args):
+        own = pipe.scheduler
+        for name in args.scheduler or [type(own).__name__]:
+            pipe.scheduler = own
+            if args.scheduler:
+                with blame("--scheduler"):
+                    pipe.scheduler = asking.scheduler_like(pipe, name)
+            model: str = engine.main_does(lambda pipe=pipe: model_sha256(pipe))
+            for steps, guidance, interval in grid(
+                args.steps or [settings.num_inference_steps], args.guidance or settings.guidance_scales, intervals
+            ):
+                point = Point(ema, name, steps, guidance, interval)
+                how = {"num_inference_steps": steps, "guidance_interval": interval}
+                with blame(f"--steps {steps}, --guidance {guidance:g}, --interval {interval[0]:g},{interval[1]:g}"):
+                    try_out(pipe, Wanted(0, evaluation.asked[0], Asked(), guidance, seed=0), how)
+                kept = KeptImages.of(
+                    run,
+                    checkpoint,
+                    model=model,
+                    asked=evaluation.asked,
+                    seed=config.seed,
+                    guidance_scale=guidance,
+                    num_inference_steps=steps,
+                    batch_images=settings.batch_images,
+                    guidance_interval=interval,
+                )
+                kept.draw(engine, pipe, lambda: True, in_training=False)
+                scores: dict[str, float] = engine.main_does(lambda kept=kept: evaluation.image_scores(kept))
+                rows.append({**asdict(point), "checkpoint": checkpoint, "scores": scores})
+                said = {"num_images": settings.num_images, "references": evaluation.references(), "rows": rows}
+                engine.main_does(lambda said=said: files.write_json(path, said))
+
+    def finish() -> None:
+        show(rows, next(iter(evaluation.yardsticks)), path)
+        keep_report(run)
+
+    engine.main_does(finish)
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """START,END as two shares of the steps.  Raises UsageError."""
+    try:
+        start, end = map(float, text.split(","))
+    except ValueError:
+        start, end = 1.0, 0.0
+    if not 0 <= start <= end <= 1:
+        raise UsageError(
+            f"--interval: {text!r} came, START,END with 0 <= START <= END <= 1 was wanted, such as 0.2,0.8"
+        )
+    return start, end
+
+
+def grid(
+    steps: Sequence[int], guidance: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> Generator[tuple[int, float, tuple[float, float]]]:
+    """All combinations, each once: at scale 1 nothing is guided, whatever the interval."""
+    every = product(steps, guidance, intervals)
+    yield from dict.fromkeys((n, w, (0.0, 1.0) if w == 1 else interval) for n, w, interval in every)
+
+
+def models_of(
+    engine: Engine, config: Config, args: argparse.Namespace
+) -> Generator[tuple[str, ClassConditionalPipeline, str]]:
+    """(average, pipeline, checkpoint) of the export, or of each average asked for."""
+    if args.ema is None:
+        if args.step is not None:
+            raise UsageError("--step: an export is of one checkpoint; give --ema too")
+        folder = Path(config.run_dir) / "export"
+        pipe = sampler.open_export(folder, engine.device, tile_pixels=config.vae.tile_pixels)
+        passport = files.read_json(folder / PASSPORT)
+        yield str(passport["ema"]), pipe, str(passport["checkpoint"])
+        return
+    for name in args.ema:
+        average = find_average(config, name, args.step)
+        pipe = checkpoint_pipeline(config, average)
+        with blame("vae.tile_pixels"):
+            in_tiles(pipe.vae, config.vae.tile_pixels)
+        yield average.name, pipe.to(engine.device), average.found.path.name
+
+
+def show(rows: Sequence[dict[str, Any]], network: str, path: Path) -> None:
+    """The table, best first by the network's Fréchet distance, and the picture."""
+    names = [name for name in (*(f"{network}/{name}" for name in SHOWN), "accuracy") if name in rows[0]["scores"]]
+    table = Table(title=f"{path}: {len(rows)} combinations, best first")
+    for heading in ("average", "scheduler", "steps", "guidance", "guided"):
+        table.add_column(heading, justify="right" if heading in ("steps", "guidance") else "left")
+    for name in names:
+        table.add_column(score_of(name.rpartition("/")[2]).title, justify="right")
+    for row in sorted(rows, key=lambda row: row["scores"][f"{network}/fid"]):
+        start, end = row["interval"]
+        scores = [number(float(f"{row['scores'][name]:.4g}")) for name in names]
+        scheduler = row["scheduler"].removesuffix("Scheduler")
+        table.add_row(
+            row["ema"], scheduler, str(row["steps"]), f"{row['guidance']:g}", f"{start:g} to {end:g}", *scores
+        )
+    Console().print(table)
+    points = [Point(**{name: row[name] for name in Point.__dataclass_fields__}) for row in rows]
+    over = max(("steps", "guidance"), key=lambda name: len({getattr(point, name) for point in points}))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point, row in zip(points, rows, strict=True):
+        lines.setdefault(point.label(over), []).append((getattr(point, over), row["scores"][f"{network}/fid"]))
+    drawn = [
+        (label, [at for at, _ in sorted(values)], [y for _, y in sorted(values)]) for label, values in lines.items()
+    ]
+    with files.whole(path.with_suffix(".png")) as aside:
+        sweep_plot(aside, drawn, x=over, y=f"Fréchet distance ({network}); 0 is best")
+    program.say(f"the picture is {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    program.end(main())

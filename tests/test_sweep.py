@@ -1,0 +1,88 @@
+"""A sweep scores every combination once, as evaluate would, and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from world import World
+
+from pipeline.sweep import grid, interval_of
+
+
+@pytest.fixture
+def exported(world: World) -> World:
+    assert world.do("train") == [0], world.said()
+    assert world.do("export") == [0], world.said()
+    return world
+
+
+def swept(world: World) -> dict[str, Any]:
+    return json.loads((world.run_dir / "evaluation" / "sweep.json").read_text())
+
+
+def kept(world: World) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in world.run_dir.glob("evaluation/*/*.npy")}
+
+
+def test_every_combination_is_scored_once_as_evaluate_scores_it(exported: World) -> None:
+    words = ("--steps", "2", "4", "--guidance", "1", "2", "--interval", "0,1", "0,0.5")
+    assert exported.do("sweep", *words) == [0], exported.said()
+    found = swept(exported)
+    points = [(row["steps"], row["guidance"], tuple(row["interval"])) for row in found["rows"]]
+    assert points == [(n, *rest) for n in (2, 4) for rest in ((1.0, (0, 1)), (2.0, (0, 1)), (2.0, (0, 0.5)))]
+    scores = [row["scores"]["classifier/fid"] for row in found["rows"]]
+    assert len(set(scores)) == 6  # each setting changes the images
+    with Image.open(exported.run_dir / "evaluation" / "sweep.png") as picture:
+        picture.verify()
+
+    assert exported.do("evaluate") == [0], exported.said()  # at 2 steps, guidance 1 and 2
+    evaluated = [json.loads(line) for line in (exported.run_dir / "evaluations.jsonl").read_text().splitlines()]
+    for row in evaluated:
+        (same,) = [
+            each
+            for each in found["rows"]
+            if (each["steps"], each["guidance"], each["interval"]) == (2, row["guidance_scale"], [0, 1])
+        ]
+        assert found["references"] == row["references"]
+        assert same["scores"].items() <= row["scores"].items()
+
+    before = kept(exported)
+    assert exported.do("sweep", *words) == [0], exported.said()
+    assert kept(exported) == before  # nothing was drawn anew
+    assert swept(exported) == found
+
+
+def test_averages_and_schedulers_are_settings_too(exported: World) -> None:
+    words = ("--ema", "decay-0.9", "decay-0.99", "--scheduler", "DDIMScheduler", "EulerDiscreteScheduler")
+    assert exported.do("sweep", *words, "--guidance", "2", "--num-images", "12") == [0], exported.said()
+    found = swept(exported)
+    assert found["num_images"] == 12
+    points = [(row["ema"], row["scheduler"]) for row in found["rows"]]
+    schedulers = ("DDIMScheduler", "EulerDiscreteScheduler")
+    assert points == [(ema, scheduler) for ema in ("decay-0.9", "decay-0.99") for scheduler in schedulers]
+    fids = [row["scores"]["classifier/fid"] for row in found["rows"]]
+    assert fids[0] != fids[1]  # averages over eight steps are still alike, schedulers are not
+    assert fids[2] != fids[3]
+
+
+def test_a_wrong_setting_is_one_line_before_anything_is_drawn(exported: World) -> None:
+    for words, told in (
+        (("--interval", "0.8,0.2"), "--interval: '0.8,0.2' came, START,END with 0 <= START <= END <= 1 was wanted"),
+        (("--scheduler", "DDIMSchedulr"), "did you mean DDIMScheduler?"),
+        (("--ema", "decay-0.5"), "--ema: 'decay-0.5' came; known: decay-0.9, decay-0.99"),
+        (("--step", "8"), "--step: an export is of one checkpoint; give --ema too"),
+        (("--steps", "0"), "--steps 0, --guidance 1, --interval 0,1"),
+    ):
+        assert exported.do("sweep", *words) == [2]
+        last = exported.said().strip().splitlines()[-1]
+        assert told in last, last
+    assert not kept(exported)
+
+
+def test_without_guidance_its_interval_changes_nothing() -> None:
+    halves = [interval_of("0,0.5"), interval_of("0.5,1")]
+    assert list(grid([5], [1.0, 3.0], halves)) == [(5, 1.0, (0.0, 1.0)), (5, 3.0, (0.0, 0.5)), (5, 3.0, (0.5, 1.0))]
