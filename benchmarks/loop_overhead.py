@@ -19,6 +19,8 @@ import torch
 from pairs import ratio, rounds, say, spread
 from steps import SEED, PassesAlone, config_of, our_steps, write_set
 
+from pipeline.engine import leave
+
 
 def main() -> None:
     """Take steps, and passes alone."""
@@ -47,3 +49,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # loaders leave signals to the program, and would be waited for

@@ -30,7 +30,7 @@ from pipeline.planning.traffic import traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-WARM_STEPS, STEPS, BATCH = 4, 24, 64
+WARM_STEPS, STEPS, BATCH = 3, 10, 64
 TCP_INFO, BYTES_ACKED = 11, 120  # of <linux/tcp.h>: the option, and where tcpi_bytes_acked lies in its struct
 
 

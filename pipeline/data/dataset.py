@@ -6,7 +6,6 @@ import math
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +28,6 @@ from pipeline.errors import RunError, SampleError, UsageError, blame
 Batch = dict[str, Tensor]
 Place = tuple[int, int, int]  # set, shard, row
 ALIGNED_BYTES = 64  # where a tensor of a packed batch may begin
-PIPE_BYTES = 2**20  # a packed batch of so many may go through a pipe
 TRIES_IN_SHARD, TRIES = 8, 64  # for a sample to take a slot: in the same shard at first, which is open; then in its set
 
 
@@ -158,7 +156,7 @@ def load_batches(
         samples,
         batch_sampler=cast(Any, _Once(positions)),
         num_workers=workers,
-        collate_fn=cast(Any, partial(_packed, through_pipe=not pin_memory) if workers else _as_it_is),
+        collate_fn=cast(Any, _packed if workers else _as_it_is),
         worker_init_fn=_leave_signals_to_the_program,
         pin_memory=pin_memory,
     )
@@ -169,11 +167,10 @@ def load_batches(
         yield batch, [BadSample(**row) for row in loaded["replaced"]]
 
 
-def _packed(loaded: dict[str, Any], *, through_pipe: bool) -> dict[str, Any]:
-    """A batch as one piece, and where each of its tensors lies in it.
+def _packed(loaded: dict[str, Any]) -> dict[str, Any]:
+    """A batch as one tensor of bytes, and where each of its own lies: to hand over each would take half a millisecond.
 
-    To hand over shared memory takes half a millisecond for each tensor; a small batch is sooner sent `through_pipe`,
-    as bytes, which can't be pinned.
+    Not through the pipe itself: a process whose parent was killed would wait for ever to fill it.
     """
     if "error" in loaded:
         return loaded
@@ -186,15 +183,13 @@ def _packed(loaded: dict[str, Any], *, through_pipe: bool) -> dict[str, Any]:
     packed = torch.empty(end, dtype=torch.uint8)
     for name, tensor in _unpacked(packed, places).items():
         tensor.copy_(batch[name])
-    sent = bytearray(packed.numpy()) if through_pipe and end <= PIPE_BYTES else packed
-    return loaded | {"packed": sent, "places": places}
+    return loaded | {"packed": packed, "places": places}
 
 
-def _unpacked(packed: Tensor | bytearray, places: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]) -> Batch:
+def _unpacked(packed: Tensor, places: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]) -> Batch:
     """The tensors themselves, without a copy."""
-    whole = packed if isinstance(packed, Tensor) else torch.frombuffer(packed, dtype=torch.uint8)
     return {
-        name: whole[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        name: packed[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         for name, (start, dtype, shape) in places.items()
     }
 
