@@ -109,11 +109,19 @@ class FrechetScore:
         self.trace = float(np.trace(covariance))
         eigenvalues, vectors = np.linalg.eigh(covariance)
         self.root = (vectors * np.sqrt(np.maximum(eigenvalues, 0))) @ vectors.T  # Σ_r^½
+        self.rooted = self.fake @ self.root  # [N,D]
 
     def of(self, counts: Counts) -> float:
-        """|μ_r - μ_f|² + tr Σ_r + tr Σ_f - 2 tr (Σ_r^½ Σ_f Σ_r^½)^½, a symmetric root: its eigenvalues are enough."""
-        mean = counts @ self.fake / counts.sum()
-        covariance = np.atleast_2d(np.cov(self.fake, rowvar=False, fweights=counts.astype(np.int64)))
-        eigenvalues = np.linalg.eigvalsh(self.root @ covariance @ self.root)
+        """|μ_r - μ_f|² + tr Σ_r + tr Σ_f - 2 tr (Σ_r^½ Σ_f Σ_r^½)^½.
+
+        With Σ_f = YᵀY the last root is of ZᵀZ, Z = Y Σ_r^½, whose eigenvalues other than 0 are those of ZZᵀ: the
+        smaller of the two is taken.
+        """
+        drawn = counts > 0
+        often, less_one = counts[drawn], counts.sum() - 1
+        mean = often @ self.fake[drawn] / counts.sum()
+        trace = float(often @ np.square(self.fake[drawn] - mean).sum(axis=1)) / less_one
+        z = np.sqrt(often / less_one)[:, None] * (self.rooted[drawn] - mean @ self.root)
+        eigenvalues = np.linalg.eigvalsh(z @ z.T if len(z) < z.shape[1] else z.T @ z)
         shared = 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()
-        return float(np.square(self.mean - mean).sum() + self.trace + np.trace(covariance) - shared)
+        return float(np.square(self.mean - mean).sum() + self.trace + trace - shared)

@@ -25,6 +25,8 @@ def test_counts_are_repeats():
     counts = np.bincount(chosen, minlength=25).astype(float)
     assert Mean(fake[:, 0]).of(counts) == pytest.approx(fake[chosen, 0].mean())
     assert FrechetScore(real, fake).of(counts) == pytest.approx(frechet_distance(real, fake[chosen]), rel=1e-6)
+    wide, narrow = features(80, width=40), features(25, width=40, seed=1)  # fewer images than features
+    assert FrechetScore(wide, narrow).of(counts) == pytest.approx(frechet_distance(wide, narrow[chosen]), rel=1e-5)
 
 
 def test_doubles_put_no_bias_into_the_kernel_distance():
