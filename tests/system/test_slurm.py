@@ -213,14 +213,14 @@ def rank_pids(job: int, rank: int) -> list[int]:
     return pids_with(f"SLURM_JOB_ID={job}", f"RANK={rank}")
 
 
-def pids_with(*environment: str, command: str = "") -> list[int]:
-    """The processes that have these words in their environment, and this one in their command."""
+def pids_with(*environment: str, program: str = "") -> list[int]:
+    """The processes that have these words in their environment, and that Python was told to run this file."""
     found: list[int] = []
     for pid in processes():
         with suppress(OSError):
             told = set(Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0"))
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            if set(environment) <= told and command in words:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            if set(environment) <= told and any(word.endswith(program) for word in words[:2]):
                 found.append(pid)
     return found
 
@@ -253,9 +253,12 @@ def test_an_array_encodes_what_one_process_does(cluster: Cluster, world: World) 
     images = str(Path(yaml.safe_load(world.config.read_text())["data"]["train_images"]).with_name("train"))
     words = [f"data.train_images={images}", "conditioning.num_classes=10"]
     one, several = world.root / "one", world.root / "several"
-    done = submit_py(cluster, world, *words, f"data.train_latents={several}", "--array=4%2", RETRY_WAIT_S="0")
+    (world.root / "site.yaml").write_text("sbatch: [--hold]\n")  # until somebody looks
+    sent = (f"data.train_latents={several}", "--array=4%2", "--site=site.yaml")
+    done = submit_py(cluster, world, *words, *sent, RETRY_WAIT_S="0")
     assert done.returncode == 0, done.stderr
     encode, train = done.stdout.split()
+    cluster.say("scontrol", "release", train, encode)
     most = 0
     disturbed: dict[str, int] = {}
 
@@ -265,7 +268,7 @@ def test_an_array_encodes_what_one_process_does(cluster: Cluster, world: World) 
         states = cluster.say("squeue", "-h", "-r", f"--jobs={encode},{train}", "-o", "%T").split()
         most = max(most, states.count("RUNNING"))
         for task, number in (("1", signal.SIGKILL), ("2", signal.SIGUSR1)):
-            found = [] if task in disturbed else pids_with(f"SLURM_ARRAY_TASK_ID={task}", command="encode.py")
+            found = [] if task in disturbed else pids_with(f"SLURM_ARRAY_TASK_ID={task}", program="encode.py")
             if found and number == signal.SIGKILL:
                 for pid in found:
                     with suppress(OSError):
