@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: look for modules in the fold
 import argparse
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep(config: Config, args: argparse.Namespace) -> None:
     """The grid → images of each point → scores → JSON, table, picture."""
     engine, run = Engine(config.engine), Path(config.run_dir)
+    models = models_of(engine, config, args)
+    first = next(models)  # so that an export that is missing is told at once
     check_same(run, config, ("conditioning", "diffusion"))
     intervals = [interval_of(text) for text in args.interval]
     changed: dict[str, Any] = {"loss_images": 0, "bits": False}  # which no setting of the sampler changes
@@ -97,7 +99,7 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
         raise UsageError("evaluation.features: no network is there to score with; name one")
     rows: list[dict[str, Any]] = []
     path = run / "evaluation" / "sweep.json"
-    for ema, pipe, checkpoint in models_of(engine, config, args):
+    for ema, pipe, checkpoint in chain([first], models):
         own = pipe.scheduler
         for name in args.scheduler or [type(own).__name__]:
             pipe.scheduler = own

@@ -24,7 +24,10 @@ from pipeline.data.index import ShardSet
 from pipeline.run_folder import claim, write_status
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("train_vae", "measure_vae", "encode", "train", "reconstruct", "export", "sample", "page", "evaluate")
+PROGRAMS = (
+    *("train_vae", "measure_vae", "encode", "train", "reconstruct"),
+    *("export", "sample", "page", "evaluate", "sweep", "report"),
+)
 PURPOSES = {
     "prepare": "Make image shards",
     "index": "Check a folder of WebDataset tars",
@@ -38,6 +41,8 @@ PURPOSES = {
     "sample": "Draw images of classes, prompts or both",
     "page": "Serve a page that draws",
     "evaluate": "Score a model against the real images",
+    "sweep": "Score a model at every combination of sampler settings",
+    "report": "Make RUN/report.html anew",
     "schema": "Print the JSON Schema",
 }
 # Starts programs as files, where neither the folder above them nor the installed package is on the path, and prints
@@ -283,7 +288,7 @@ def test_debug_shows_the_traceback_too(do: Do, config: Path, order: list[str]) -
 
 
 @pytest.mark.parametrize(
-    "verb", ["train-vae", "measure-vae", "encode", "train", "export", "sample", "page", "evaluate"]
+    "verb", ["train-vae", "measure-vae", "encode", "train", "export", "sample", "page", "evaluate", "sweep", "report"]
 )
 def test_every_program_refuses_a_config_in_one_line(do: Do, config: Path, verb: str) -> None:
     done = do(verb, config, "vae=3")
@@ -434,7 +439,7 @@ def test_a_missing_autoencoder_is_named_by_its_key(do: Do, config: Path, tmp_pat
     assert str(tmp_path / "vae" / "autoencoder") in done.line
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "sweep"])
 def test_a_missing_export_is_told_the_command(do: Do, config: Path, digits: Path, tmp_path: Path, verb: str) -> None:
     done = do(verb, config, f"data.validation_images={digits}/validation")
     assert done.code == 2
