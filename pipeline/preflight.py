@@ -266,7 +266,10 @@ def _text(
 def _config_json(folder: Path, inner: str | None) -> dict[str, Any] | None:
     for place in (folder, folder / inner) if inner else (folder,):
         if (place / "config.json").is_file():
-            return json.loads((place / "config.json").read_text(encoding="utf-8"))
+            try:
+                return json.loads((place / "config.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UsageError(f"{place / 'config.json'}: not readable as JSON ({error}); restore it") from None
     return None
 
 
