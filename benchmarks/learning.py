@@ -4,7 +4,7 @@
                                   [--trials] [--jobs 1] [--table]
 
 Every recipe trains the same U-Net on the same latents, in batches of as many images.  1,000 images drawn without
-guidance, in as many passes of the network, are held against the training images in the features of a judge that no
+guidance, in as many passes of the network, are held against the training images in the features of two judges that no
 recipe knows (`backbones.py`): the unbiased kernel distance, 0 is best.  A recipe is scored on its way; only one
 whose learning rate falls to 0 at the end has a run of its own for each number of images.
 
@@ -24,12 +24,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import backbones
 import numpy as np
 import torch
+from backbones import JUDGES
 from fresh_clone import figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -105,8 +107,8 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             for told in pool.map(partial(train, folder), wanted):
                 print(told, file=sys.stderr, flush=True)
-    for data in args.data:
-        tell(folder, data)
+    for data, judge in product(args.data, JUDGES):
+        tell(folder, data, judge)
     if args.plot is not None:
         plot(folder, args.data, args.plot)
 
@@ -126,7 +128,7 @@ def make_ready(folder: Path, data: str) -> None:
         return
     kind, *options = chosen.prepare
     run(place, "prepare", kind, f"data/{data}", *options)
-    backbones.make(place / "data" / data, "judge")
+    backbones.make(place / "data" / data, *JUDGES)
     autoencoder = place / str(config.vae.run_dir) / "autoencoder"
     if not autoencoder.exists():
         run(place, "train-vae", "config.yaml", *chosen.words)
@@ -143,24 +145,28 @@ def aligned(folder: Path, data: str) -> list[str]:
     return [f"data.train_latents={images / 'aligned'}", f"train.alignment={{features: {said}, hidden_width: 128}}"]
 
 
-def floors(images: Path, autoencoder: Path) -> dict[str, float]:
-    """What no recipe does better than: the distances of held-out images, and of what the autoencoder makes of them."""
-    judge = open_network(backbones.settings("judge", images / "judge"), torch.device("cpu"))
+def floors(images: Path, autoencoder: Path) -> dict[str, dict[str, float]]:
+    """What no recipe does better than: each judge's distances of held-out images, and of their reconstructions."""
     train, held_out = (
         read_images(images / part, size=backbones.SIZE, limit=100_000).pixels for part in ("train", "validation")
     )
     vae = load(autoencoder)
     again = torch.cat([reconstruct(vae, part) for part in torch.from_numpy(to_unit(held_out)).split(64)])
     sets = {"real held-out images": held_out, "their reconstructions": to_pixels(again)}
-    real = backbones.see(judge, train)
-    return {name: kernel_distance(real, backbones.see(judge, pixels)).value for name, pixels in sets.items()}
+    found: dict[str, dict[str, float]] = {}
+    for kind in JUDGES:
+        judge = open_network(backbones.settings(kind, images / kind), torch.device("cpu"))
+        real = backbones.see(judge, train)
+        found[kind] = {name: kernel_distance(real, backbones.see(judge, pixels)).value for name, pixels in sets.items()}
+    return found
 
 
 def train(folder: Path, each: Run) -> str:
     """Train and score, unless that is done; what came of it, for the impatient."""
     chosen, recipe = SETS[each.data], EVERY[each.recipe]
     place, run_dir = folder / each.data, f"runs/{each.name}"
-    judge = backbones.settings("judge", Path("data", each.data, "judge")).model_dump_json(exclude_none=True)
+    judges = (backbones.settings(kind, Path("data", each.data, kind)) for kind in JUDGES)
+    features = ", ".join(judge.model_dump_json(exclude_none=True) for judge in judges)
     words = [
         "config.yaml",
         *chosen.words,
@@ -173,7 +179,7 @@ def train(folder: Path, each: Run) -> str:
         f"checkpoint={{every_steps: {chosen.steps // SNAPSHOTS}, keep_last: 1}}",
         "evaluation={every_steps: 1000000, num_images: 1000, guidance_scales: [1.0], num_inference_steps: 25}",
         f"evaluation.scores_every_steps={each.steps if recipe.falls else chosen.steps // PARTS}",
-        f"evaluation={{features: [{judge}], cache_dir: features, loss_images: 0}}",
+        f"evaluation={{features: [{features}], cache_dir: features, loss_images: 0}}",
         "evaluation.likelihood={num_images: 0, ode_images: 0}",
         "tracking.tensorboard=false",
         *recipe.words,
@@ -190,8 +196,8 @@ def train(folder: Path, each: Run) -> str:
         if average not in done:
             run(place, "ema", *words, "--sigma-rel", str(sigma_rel), log=each.name)
             run(place, "evaluate", *words, "--checkpoint", "newest", "--ema", average, log=each.name)
-    found = {name: of_seed[each.seed] for name, of_seed in points_of(place, [each]).items()}
-    return f"{each.data}, {each.name}: {json.dumps(found)}"
+    found = [f"{kind}'s {json.dumps(points_of(place, [each], kind))}" for kind in JUDGES]
+    return f"{each.data}, {each.name}: {', '.join(found)}"
 
 
 def average_of(sigma_rel: float, each: Run) -> str:
@@ -202,18 +208,18 @@ def average_of(sigma_rel: float, each: Run) -> str:
 # Reading -------------------------------------------------------------------------------------------
 
 
-def read(folder: Path, data: str) -> Points:
-    """All points of a set that are there."""
+def read(folder: Path, data: str, judge: str) -> Points:
+    """All points of a set that are there, as a judge sees them."""
     runs = [
         Run(data, name, share, seed)
         for name, recipe in EVERY.items()
         for share in recipe.shares
         for seed in ([TRIAL_SEED] if name in TRIALS else range(TRIAL_SEED))
     ]
-    return points_of(folder / data, runs)
+    return points_of(folder / data, runs, judge)
 
 
-def points_of(place: Path, runs: Sequence[Run]) -> Points:
+def points_of(place: Path, runs: Sequence[Run], judge: str) -> Points:
     """The points of these runs: a recipe's own average by its name, others by their length too."""
     found: Points = {}
     for each in runs:
@@ -221,38 +227,38 @@ def points_of(place: Path, runs: Sequence[Run]) -> Points:
         for row in read_evaluations(place / "runs" / each.name):
             name = each.recipe + (f", average of {lengths[row['ema']]}" if row["ema"] in lengths else "")
             share = row["step"] / SETS[each.data].steps
-            found.setdefault(name, {}).setdefault(each.seed, {})[share] = row["scores"]["judge/kid"]
+            found.setdefault(name, {}).setdefault(each.seed, {})[share] = row["scores"][f"{judge}/kid"]
     return found
 
 
-def tell(folder: Path, data: str) -> None:
-    """A table of the means over the seeds, then the figures of a set."""
-    points = read(folder, data)
+def tell(folder: Path, data: str, judge: str) -> None:
+    """A table of the means over the seeds, then the figures of a set, as a judge sees them."""
+    points = read(folder, data, judge)
     if 1.0 not in {share for of_seed in points.get(PLAIN, {}).values() for share in of_seed}:
         print(f"{data}: plain hasn't come to its end yet", file=sys.stderr)
         return
     target = mean_at(points[PLAIN], 1.0)
-    for line in table(data, points, target):
+    title, unit = f"{data}, {judge}", "kernel distance × 1000"
+    for line in table(title, data, points, target):
         print(line, file=sys.stderr)
-    unit = "kernel distance × 1000"
-    for name, value in json.loads((folder / data / FLOORS).read_text()).items():
-        figure(f"{data}: {name}", 1000 * value, None, unit)
+    for name, value in json.loads((folder / data / FLOORS).read_text())[judge].items():
+        figure(f"{title}: {name}", 1000 * value, None, unit)
     for name, by_seed in points.items():
         for share in sorted({share for of_seed in by_seed.values() for share in of_seed}):
-            told = f"{data}: {name}, {round(share * SETS[data].num_images):,} images"
+            told = f"{title}: {name}, {round(share * SETS[data].num_images):,} images"
             figure(f"{told}{spread(by_seed, share, 1000)}", 1000 * mean_at(by_seed, share), None, unit)
     for name in points:
         if name.startswith(BEST):
-            needs(data, name, points[name], target)
+            needs(title, name, points[name], target)
 
 
-def needs(data: str, name: str, by_seed: dict[int, dict[float, float]], target: float) -> None:
+def needs(title: str, name: str, by_seed: dict[int, dict[float, float]], target: float) -> None:
     """The figures of the promise: as near to the training images as plain comes, with half of its images."""
     ratio = mean_at(by_seed, 0.5) / target
-    figure(f"{data}: {name}: distance with half of plain's images, over plain's with all", ratio, "<= 1", "ratio")
+    figure(f"{title}: {name}: distance with half of plain's images, over plain's with all", ratio, "<= 1", "ratio")
     needed = {seed: {0.0: images_needed(of_seed, target)} for seed, of_seed in by_seed.items()}
     if all(math.isfinite(of_seed[0.0]) for of_seed in needed.values()):
-        told = f"{data}: {name}: images needed for plain's final distance, over plain's{spread(needed, 0.0)}"
+        told = f"{title}: {name}: images needed for plain's final distance, over plain's{spread(needed, 0.0)}"
         figure(told, mean_at(needed, 0.0), "<= 0.5", "share")
 
 
@@ -280,11 +286,11 @@ def spread(by_seed: dict[int, dict[float, float]], share: float, factor: float =
     return f", {len(values)} seeds: {' '.join(values)}"
 
 
-def table(data: str, points: Points, target: float) -> Iterator[str]:
+def table(title: str, data: str, points: Points, target: float) -> Iterator[str]:
     """Markdown: a row for each recipe, a column for each share of plain's images; distances times 1,000."""
     shares = sorted({share for by_seed in points.values() for of_seed in by_seed.values() for share in of_seed})
     headings = [f"{round(share * SETS[data].num_images):,}" for share in shares]
-    yield f"| {data}, images | {' | '.join(headings)} | seeds | needs |"
+    yield f"| {title}, images | {' | '.join(headings)} | seeds | needs |"
     yield "|---|" + "---|" * (len(shares) + 2)
     for name, by_seed in points.items():
         cells = [
@@ -298,12 +304,12 @@ def table(data: str, points: Points, target: float) -> Iterator[str]:
 
 
 def plot(folder: Path, sets: Sequence[str], path: Path) -> None:
-    """Means over the seeds against the images seen, a panel for each set; a bar from the least seed to the largest."""
-    drawing = Figure(figsize=(5.5 * len(sets), 4.5), dpi=110, layout="constrained")
+    """Means over the seeds against the images seen, a panel for each judge and set; bars from least to largest."""
+    drawing = Figure(figsize=(5.5 * len(sets), 4 * len(JUDGES) + 1), dpi=110, layout="constrained")
     FigureCanvasAgg(drawing)
-    panels = drawing.subplots(1, len(sets), squeeze=False)[0]
-    for axes, data in zip(panels, sets, strict=True):
-        points = read(folder, data)
+    panels = drawing.subplots(len(JUDGES), len(sets), squeeze=False)
+    for axes, (judge, data) in zip(panels.flat, product(JUDGES, sets), strict=True):
+        points = read(folder, data, judge)
         for name in (name for name in RECIPES if name in points):
             by_seed = points[name].values()
             shares = sorted({share for of_seed in by_seed for share in of_seed})
@@ -313,11 +319,11 @@ def plot(folder: Path, sets: Sequence[str], path: Path) -> None:
             at = [share * SETS[data].num_images for share in shares]
             style = {PLAIN: "k--", BEST: "k-"}.get(name, f"C{list(RECIPES).index(name) - 1}-")
             axes.errorbar(at, means, bars, fmt=style, marker="o", markersize=3, linewidth=1.2, capsize=2, label=name)
-        axes.set(title=data, xlabel="images seen", ylabel="kernel distance × 1000", xscale="log", yscale="symlog")
+        axes.set(title=f"{data}, {judge}", xlabel="images seen", ylabel="kernel distance × 1000", xscale="log")
+        axes.set(yscale="symlog" if min(axes.get_ylim()) < 0 else "log")
         axes.grid(alpha=0.3)
-    drawing.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
-    )
+    lines = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawing.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     drawing.savefig(path, format="png")
 
 
