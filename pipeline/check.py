@@ -22,7 +22,7 @@ from pipeline.planning.gpus import GPUS, Gpu, duration
 from pipeline.planning.memory import GIB, Memory, Strategy, memory
 from pipeline.planning.traffic import scale, storage_bytes_s
 from pipeline.planning.work import Activations, Operations, count_operations, measure_activations
-from pipeline.preflight import Found, look, sample_bytes
+from pipeline.preflight import Found, look
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 LINK_GBIT_S = 400.0  # one InfiniBand NDR adapter
@@ -251,7 +251,7 @@ def show_time(console: Console, plan: Plan, peak: float) -> None:
         made.add_row("epochs", f"{num_images / found.num_samples:,.1f}", f"{found.num_samples:,} samples")
         made.add_row("storage, MB/s", f"{rate / 1e6:,.1f}", "the index")
     elif config.data.train_latents is not None:
-        rate = sample_bytes(found.shape) * taken.images_per_s
+        rate = found.sample_bytes * taken.images_per_s
         made.add_row("storage, MB/s", f"{rate / 1e6:,.1f}", "the latents' size: there is no index")
     console.print(made)
 

@@ -16,8 +16,10 @@ from torch.nn import Module
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pipeline.config import Config
+from pipeline.config_data import DataConfig
 from pipeline.config_network import TextModelConfig, UnetConfig
 from pipeline.data.index import ShardSet
+from pipeline.data.latents import view_parts
 from pipeline.data.order import check_ranks
 from pipeline.data.store import is_url
 from pipeline.errors import UsageError, blame
@@ -35,7 +37,7 @@ from vae.single_file import is_single_file
 
 CLIP_TOKENS = 77  # of every CLIP text encoder that Stable Diffusion has
 USUAL_CHANNELS, USUAL_FACTOR = 4, 8  # of Stable Diffusion's autoencoders
-OVERHEAD_BYTES = 1536  # of a sample beside its moments: two tar headers and a padded label, or a short caption
+TAR_BLOCK_BYTES, NPY_HEADER_BYTES = 512, 128
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Found:
     operations_beside: int  # for each image, of heads, and of the autoencoder and text encoders that run in each step
     num_samples: int | None
     shard_bytes: int | None
+    sample_bytes: int  # of latents as encode writes them
     notes: tuple[str, ...]  # what was not looked at, or assumed
     failures: tuple[str, ...]
 
@@ -109,6 +112,7 @@ def look(config: Config, num_ranks: int) -> Found:
         operations_beside=_operations_beside(config, autoencoder, encoders, num_tokens, notes) + operations_of_heads,
         num_samples=num_samples,
         shard_bytes=shard_bytes,
+        sample_bytes=sample_bytes(config.data, shape, features),
         notes=tuple(notes),
         failures=tuple(failures),
     )
@@ -132,10 +136,22 @@ def of_batch(config: Config, num_ranks: int) -> list[str]:
     return found
 
 
-def sample_bytes(shape: Shape) -> int:
-    """Of a sample of latents as encode writes it: fp16 mean and log-variance, and what lies around them in the tar."""
+def sample_bytes(data: DataConfig, shape: Shape, features: dict[str, Any] | None) -> int:
+    """Of a sample of latents in its tar as encode writes it: a label or a short caption, then the parts of all views.
+
+    Each view is fp16: mean and log-variance [2C,h,w]; features [P,D] of its patches, if they are asked for.
+    """
     channels, height, width = shape.latent
-    return 2 * 2 * channels * height * width + OVERHEAD_BYTES
+    arrays = [2 * channels * height * width]
+    if features is not None:
+        arrays.append(features["side"] ** 2 * features["width"])
+    views = len(view_parts(data.encode_crops, data.flip))
+    return _in_tar(1) + views * sum(_in_tar(NPY_HEADER_BYTES + 2 * size) for size in arrays)
+
+
+def _in_tar(num_bytes: int) -> int:
+    """A header, and the content in whole blocks."""
+    return TAR_BLOCK_BYTES * (1 + -(-num_bytes // TAR_BLOCK_BYTES))
 
 
 def _shards(config: Config, notes: list[str], failures: list[str]) -> tuple[int | None, int | None]:

@@ -311,6 +311,13 @@ def test_what_has_no_square_of_patches_is_refused(tmp_path: Path) -> None:
 # runs ---------------------------------------------------------------------------------------------
 
 
+def test_check_foretells_the_bytes_of_a_sample(aligned: World) -> None:
+    found = look(load_config(aligned.config), 1)
+    assert found.num_samples == 24 and found.shard_bytes
+    each = found.sample_bytes + 2 * 512  # these have a caption beside the label
+    assert 0 < found.shard_bytes - found.num_samples * each <= 2 * 10240  # two tars' ends
+
+
 @pytest.fixture(scope="module")
 def aligned(made: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Wide pictures, encoded with a ViT's features in two crops and mirrored, and a run with both heads."""
