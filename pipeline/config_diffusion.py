@@ -64,7 +64,8 @@ class DiffusionConfig(Section):
     )
     noise_mean: float | None = Field(
         default=None,
-        description="Mean of ln sigma (edm, log_normal; null: -1.2) or of logit tau (flow; null: 0).",
+        description="Mean of ln sigma (edm, log_normal; null: -0.51, which is the paper's -1.2, for data of deviation "
+        "0.5, at latents' 1) or of logit tau (flow; null: 0).",
     )
     noise_std: float | None = Field(
         default=None, gt=0, description="The standard deviation of the same; null: 1.2, flow 1."

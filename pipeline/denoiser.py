@@ -21,6 +21,8 @@ from pipeline.diffusion.weightings import weights
 
 SIGMA_DATA = 1.0  # standard deviation of the latents, which are scaled to it
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's sampler, between these: Karras et al. 2022 table 1
+EDM_MEAN = -1.2 + math.log(SIGMA_DATA / 0.5)  # of ln σ: the paper's -1.2 is for data of standard deviation 0.5
+EDM_STD = 1.2
 TAU_MIN = 1e-3  # a flow's density is taken this far from its two ends
 
 Network = Callable[[Tensor, Tensor], Tensor]  # z [B,C,h,w], time [B] → output [B,C or 2C,h,w]
@@ -62,7 +64,7 @@ def objective_of(config: DiffusionConfig, device: torch.device) -> Objective:
 
 def edm_of(config: DiffusionConfig) -> Edm:
     """EDM's noise levels and preconditioning."""
-    return Edm(_or(config.noise_mean, -1.2), _or(config.noise_std, 1.2), SIGMA_DATA)
+    return Edm(_or(config.noise_mean, EDM_MEAN), _or(config.noise_std, EDM_STD), SIGMA_DATA)
 
 
 def density_of(config: DiffusionConfig, schedule: Schedule) -> Tensor:
@@ -71,7 +73,7 @@ def density_of(config: DiffusionConfig, schedule: Schedule) -> Tensor:
         case "uniform":
             return densities.uniform(schedule.num_timesteps)
         case "log_normal":
-            return densities.log_normal(schedule, _or(config.noise_mean, -1.2), _or(config.noise_std, 1.2))
+            return densities.log_normal(schedule, _or(config.noise_mean, EDM_MEAN), _or(config.noise_std, EDM_STD))
         case table:
             return densities.from_table(table, schedule.num_timesteps)
 
