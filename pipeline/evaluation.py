@@ -305,7 +305,11 @@ def labels_of(asked: Sequence[Asked]) -> NDArray[np.int64] | None:
 
 def model_sha256(pipe: ClassConditionalPipeline) -> str:
     """Of all of a pipeline that its images depend on: the same for a checkpoint and for its fp32 export."""
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    scheduler = {
+        key: repr(value) if value in (math.inf, -math.inf) else value  # such as DPMSolverMultistep's lambda_min_clipped
+        for key, value in pipe.scheduler.config.items()
+        if not key.startswith("_")
+    }
     return files.fingerprint(
         {
             "unet": state_sha256(pipe.unet.state_dict()),
