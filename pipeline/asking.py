@@ -187,6 +187,7 @@ def guidance_scale(value: Any) -> float:
 def scheduler_like(pipe: ClassConditionalPipeline, name: str) -> Any:
     """diffusers' scheduler of this name with the noise schedule of the export's.
 
+    Those that know flow matching beside DDPM's noise, such as DPMSolverMultistepScheduler, are told which it is.
     Raises UsageError where there is none.  Whether it fits what the network says, the pipeline finds.
     """
     kind = getattr(diffusers.schedulers, name, None)
@@ -200,8 +201,13 @@ def scheduler_like(pipe: ClassConditionalPipeline, name: str) -> Any:
             + (f"; did you mean {near[0]}?" if near else "")
         )
     made: Any = kind
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    known = inspect.signature(made.__init__).parameters
+    said = flow if pipe.config.prediction == flow["prediction_type"] and flow.keys() <= known.keys() else {}
+    if said and "flow_shift" in known:
+        said = {**said, "flow_shift": pipe.scheduler.config.get("shift", 1.0)}
     try:
-        return made.from_config(pipe.scheduler.config)
+        return made.from_config(pipe.scheduler.config, **said)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--scheduler: {name} can't be made of the export's settings: {error}") from error
 

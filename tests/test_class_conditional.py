@@ -31,6 +31,7 @@ from small_pipe import small_pipe
 from torch import Tensor
 
 from pipeline import class_conditional
+from pipeline.asking import scheduler_like
 from pipeline.class_conditional import ClassConditionalPipeline, lent, rescaled
 from pipeline.config_diffusion import DiffusionConfig
 
@@ -362,10 +363,13 @@ def test_a_scheduler_for_another_kind_of_network_is_refused(objective: Any, made
         latents(pipe)
 
 
-def test_other_families_solvers_serve_a_flow() -> None:
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_other_families_solvers_serve_a_flow_by_their_names(name: str) -> None:
     pipe = small_pipe(diffusion=FLOW)
-    pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    assert latents(pipe).isfinite().all()
+    euler = latents(pipe, num_inference_steps=100)
+    pipe.scheduler = scheduler_like(pipe, name)
+    assert type(pipe.scheduler).__name__ == name
+    torch.testing.assert_close(latents(pipe, num_inference_steps=100), euler, atol=0.02, rtol=0.02)
 
 
 def test_a_learned_variance_goes_to_whom_it_serves(learned: Any, pipe: Any) -> None:
