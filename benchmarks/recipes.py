@@ -37,7 +37,7 @@ SETS = {
         ("unet.block_out_channels=[32,64]",),
         steps=1600,
         batch_images=32,
-        learning_rate=1e-3,
+        learning_rate=4e-3,
     ),
     "emoji": Set(
         "emoji_text.yaml",
@@ -51,7 +51,7 @@ SETS = {
         ),
         steps=1600,
         batch_images=32,
-        learning_rate=1e-3,
+        learning_rate=4e-3,
     ),
 }
 
@@ -80,34 +80,31 @@ def ddpm(keys: str) -> str:
 EXAMPLE = ddpm("prediction_type: epsilon, timestep_draw: independent")
 STRATIFIED = ddpm("prediction_type: epsilon")
 MIN_SNR = ddpm("prediction_type: v_prediction, weighting: min_snr")
-ZERO_SNR = ddpm("prediction_type: v_prediction, weighting: min_snr, zero_terminal_snr: true")
 SIGMOID = ddpm("prediction_type: v_prediction, weighting: sigmoid, sigmoid_bias: -2")
 EDM = "diffusion={objective: edm}"
-EDM2 = "diffusion={objective: edm, noise_mean: 0.3, noise_std: 1.0}"  # -0.4 where the data's deviation is 0.5; here 1
-LEARNED = "diffusion={objective: edm, learned_weighting: true}"
+LEARNED = "diffusion={objective: edm, noise_mean: 0.3, noise_std: 1.0, learned_weighting: true}"  # as EDM2: -0.4 + ln 2
 FLOW = "diffusion={objective: flow}"
 COSINE = "optimizer.schedule=cosine"
 INVERSE_SQRT = "optimizer={schedule: inverse_sqrt, decay_start_steps: 400}"
-LENGTHS = (0.05, 0.1, 0.15, 0.2)  # of averages that are made afterwards
+SHORT_MEMORY = "optimizer.beta2=0.99"
+LENGTHS = (0.03, 0.1)  # of averages that are made afterwards
 
 RECIPES = {
     PLAIN: Recipe((EXAMPLE,)),
     "epsilon, stratified t": Recipe((STRATIFIED,)),
     "v, min-SNR-5": Recipe((MIN_SNR,)),
-    "v, min-SNR-5, zero terminal SNR": Recipe((ZERO_SNR,)),
     "v, sigmoid": Recipe((SIGMOID,)),
-    "EDM": Recipe((EDM,), sigma_rels=LENGTHS),
-    "EDM, noise as in EDM2": Recipe((EDM2,)),
-    "EDM, learned log-variance": Recipe((LEARNED,)),
-    "flow": Recipe((FLOW,)),
+    "EDM": Recipe((EDM,)),
+    "EDM2's noise, learned log-variance": Recipe((LEARNED,)),
+    "flow": Recipe((FLOW,), sigma_rels=LENGTHS),
+    "flow, cosine": Recipe((FLOW, COSINE), shares=(0.5,)),
     "flow, inverse square root": Recipe((FLOW, INVERSE_SQRT)),
     "flow, U-REPA": Recipe((FLOW,), teacher=True),
-    "v, min-SNR-5, U-REPA": Recipe((MIN_SNR,), teacher=True),
-    BEST: Recipe((FLOW, COSINE), shares=(0.25, 0.5)),
+    BEST: Recipe((FLOW, SHORT_MEMORY), shares=(0.5,), sigma_rels=LENGTHS, teacher=True),
 }
 TRIALS = {
     f"{name} at {rate:g} of the rate": Recipe((words,), rate=rate)
     for name, words in ((PLAIN, EXAMPLE), ("flow", FLOW))
-    for rate in (0.5, 1, 2, 4)
+    for rate in (0.25, 0.5, 1, 2)
 }
 EVERY = {**RECIPES, **TRIALS}
