@@ -203,7 +203,7 @@ def scheduler_like(pipe: ClassConditionalPipeline, name: str) -> Any:
     made: Any = kind
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     known = inspect.signature(made.__init__).parameters
-    said = flow if pipe.config.prediction == flow["prediction_type"] and flow.keys() <= known.keys() else {}
+    said = flow if pipe.config["prediction"] == flow["prediction_type"] and flow.keys() <= known.keys() else {}
     if said and "flow_shift" in known:
         said = {**said, "flow_shift": pipe.scheduler.config.get("shift", 1.0)}
     try:

@@ -229,20 +229,13 @@ def _run_folder(config: Config, unet: UnetConfig, failures: list[str]) -> None:
 def _operations_beside(
     config: Config, autoencoder: Build | None, encoders: list[Build] | None, num_tokens: int, notes: list[str]
 ) -> int:
-    """Of an image that is encoded in each step, and of a caption.  An encoder that learns has a backward pass, too."""
-    text, online = config.conditioning.text, config.data.train_latents is None
-    if online and autoencoder is None:
+    """Of an image that is encoded in each step, and of a caption."""
+    text = config.conditioning.text
+    if config.data.train_latents is None and autoencoder is None:
         notes.append("data.train_latents: null; what the autoencoder computes in each step is not counted")
-    reads = text is not None and text.embeddings == "online"
-    if reads and encoders is None:
+    if text is not None and text.embeddings == "online" and encoders is None:
         notes.append("conditioning.text: online; what the text encoders compute in each step is not counted")
-    return count_beside(
-        autoencoder if online else None,
-        config.data.image_size,
-        encoders or [] if reads else [],
-        num_tokens,
-        encoders_learn=text is not None and text.train,
-    )
+    return count_beside(config.data, text, autoencoder, encoders or [], num_tokens)
 
 
 def _heads(config: Config, shape: Shape, features: dict[str, Any] | None) -> tuple[int, int]:

@@ -316,14 +316,12 @@ def operations_beside(config: Config, vae: AutoencoderKL, text: TextEncoders | N
         side = config.data.image_size // downsampling_factor(vae)
         build = partial(cast(Any, Projection.from_config), projection.config)
         total += count_projection(build, config.unet.block_out_channels, side)
-    said = config.conditioning.text
-    reads = text.models if text is not None and said is not None and said.embeddings == "online" else ()
     return total + count_beside(
-        None if config.data.train_latents else lambda: cast(Module, AutoencoderKL.from_config(vae.config)),
-        config.data.image_size,
-        [partial(type(model), model.config) for model in reads],
+        config.data,
+        config.conditioning.text,
+        lambda: cast(Module, AutoencoderKL.from_config(vae.config)),
+        [partial(type(model), model.config) for model in text.models] if text else [],
         text.words.num_tokens if text else 1,
-        encoders_learn=said is not None and said.train,
     )
 
 

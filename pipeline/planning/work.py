@@ -23,7 +23,8 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config_network import ConditioningConfig, UnetConfig
+from pipeline.config_data import DataConfig
+from pipeline.config_network import ConditioningConfig, TextConfig, UnetConfig
 from pipeline.unet import NUM_SIZES, build_unet
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16_weights"]
@@ -125,18 +126,19 @@ def count_forward(build: Build, ask: Callable[[Any], object]) -> int:
 
 
 def count_beside(
-    autoencoder: Build | None, image_size: int, encoders: Sequence[Build], num_tokens: int, *, encoders_learn: bool
+    data: DataConfig, text: TextConfig | None, autoencoder: Build | None, encoders: Sequence[Build], num_tokens: int
 ) -> int:
-    """Of one image: the networks that run in each step beside the U-Net; None, []: they don't.
+    """Of one image: what of the autoencoder and of the text encoders runs in each step.
 
-    encoders_learn: those of text have a backward pass, too.
+    None, []: not known, and not counted.  An encoder that learns has a backward pass, too.
     """
-    total, words = 0, torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
-    if autoencoder is not None:
-        total += count_forward(autoencoder, lambda vae: vae.encode(torch.zeros(1, 3, image_size, image_size)))
-    return total + sum(count_forward(build, lambda model: model(words)) for build in encoders) * (
-        1 + 2 * encoders_learn
-    )
+    total, image = 0, (1, 3, data.image_size, data.image_size)
+    if data.train_latents is None and autoencoder is not None:
+        total += count_forward(autoencoder, lambda vae: vae.encode(torch.zeros(image)))
+    if text is not None and text.embeddings == "online":
+        words = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+        total += (3 if text.train else 1) * sum(count_forward(build, lambda model: model(words)) for build in encoders)
+    return total
 
 
 def count_projection(build: Build, block_out_channels: Sequence[int], side: int) -> int:
