@@ -35,6 +35,7 @@ from backbones import JUDGES
 from fresh_clone import figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from omegaconf import OmegaConf
 from recipes import BEST, EVERY, PLAIN, RECIPES, SETS, TRIAL_SEED, TRIALS
 from verbs import ROOT, run
@@ -257,7 +258,8 @@ def needs(title: str, name: str, by_seed: dict[int, dict[float, float]], target:
     ratio = mean_at(by_seed, 0.5) / target
     figure(f"{title}: {name}: distance with half of plain's images, over plain's with all", ratio, "<= 1", "ratio")
     needed = {seed: {0.0: images_needed(of_seed, target)} for seed, of_seed in by_seed.items()}
-    if all(math.isfinite(of_seed[0.0]) for of_seed in needed.values()):
+    on_the_way = all(len(of_seed) > 1 for of_seed in by_seed.values())
+    if on_the_way and all(math.isfinite(of_seed[0.0]) for of_seed in needed.values()):
         told = f"{title}: {name}: images needed for plain's final distance, over plain's{spread(needed, 0.0)}"
         figure(told, mean_at(needed, 0.0), "<= 0.5", "share")
 
@@ -299,7 +301,7 @@ def table(title: str, data: str, points: Points, target: float) -> Iterator[str]
         ]
         common = {share: mean_at(by_seed, share) for share in set.intersection(*map(set, by_seed.values()))}
         needed = images_needed(common, target)
-        told = f"{needed:.2f}" if math.isfinite(needed) else "more"
+        told = "" if len(common) < 2 else f"{needed:.2f}" if math.isfinite(needed) else "more"
         yield f"| {name} | {' | '.join(cells)} | {len(by_seed)} | {told} |"
 
 
@@ -319,9 +321,17 @@ def plot(folder: Path, sets: Sequence[str], path: Path) -> None:
             at = [share * SETS[data].num_images for share in shares]
             style = {PLAIN: "k--", BEST: "k-"}.get(name, f"C{list(RECIPES).index(name) - 1}-")
             axes.errorbar(at, means, bars, fmt=style, marker="o", markersize=3, linewidth=1.2, capsize=2, label=name)
+        values = [value for by_seed in points.values() for of_seed in by_seed.values() for value in of_seed.values()]
         axes.set(title=f"{data}, {judge}", xlabel="images seen", ylabel="kernel distance × 1000", xscale="log")
-        axes.set(yscale="symlog" if min(axes.get_ylim()) < 0 else "log")
-        axes.grid(alpha=0.3)
+        axes.set(yscale="log" if min(values, default=1) > 0 else "symlog")
+        ticks = [SETS[data].num_images * part // PARTS for part in range(1, PARTS + 1)]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        if axes.get_yscale() == "log":
+            axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted("{x:,g}")
+        axes.grid(alpha=0.3, which="both")
     lines = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawing.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     drawing.savefig(path, format="png")
