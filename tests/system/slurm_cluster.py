@@ -118,6 +118,13 @@ class Cluster:
             assert time.monotonic() < deadline, f"it takes too long: {told}; it said: {said}"
             time.sleep(0.1)
 
+    def clear(self) -> None:
+        """End all jobs, and wait for as long as that takes: a minute at most."""
+        deadline = time.monotonic() + 60
+        while self.ask("squeue", "-h").stdout.strip() and time.monotonic() < deadline:
+            self.ask("scancel", "--full", "--user=root")
+            time.sleep(0.5)
+
     def lose(self, node: str) -> None:
         """A node's power is cut: its daemon and all of its processes are killed."""
         pid = int((self.at / f"slurmd-{node}.pid").read_text())
@@ -192,10 +199,7 @@ def _daemons(at: Path) -> Iterator[Cluster]:
             time.sleep(0.1)
         yield cluster
     finally:
-        cluster.ask("scancel", "--full", "--user=root")
-        deadline = time.monotonic() + 30
-        while cluster.ask("squeue", "-h").stdout.strip() and time.monotonic() < deadline:
-            time.sleep(0.2)
+        cluster.clear()
         for name in (*(f"slurmd-{node}.pid" for node in NODES), "slurmctld.pid", "munge/pid_file"):
             end(at / name)
 
