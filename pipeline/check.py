@@ -23,6 +23,7 @@ from pipeline.planning.memory import GIB, Memory, Strategy, memory
 from pipeline.planning.traffic import scale, storage_bytes_s
 from pipeline.planning.work import Activations, Operations, count_operations, measure_activations
 from pipeline.preflight import Found, look
+from pipeline.strategies.choice import misfit
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 LINK_GBIT_S = 400.0  # one InfiniBand NDR adapter
@@ -170,6 +171,8 @@ def plan_of(
 def would_fail(plan: Plan) -> list[str]:
     """What was found when its names were looked up, and what the GPU lacks: a line for each."""
     gpu, failures = plan.gpu, list(plan.found.failures)
+    if wrong := misfit(plan.config.optimizer, plan.strategy):
+        failures.append(wrong)
     if gpu.tflops(plan.config.engine.precision) is None:
         failures.append(f"engine.precision: {plan.config.engine.precision} came, {gpu.name} has fp16 and fp32")
     if (needed := plan.memory(plan.strategy).peak) > gpu.memory_bytes:

@@ -11,8 +11,14 @@ from vae.config import FREE, Section
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate over time."""
+    """AdamW or Muon, and the learning rate over time."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: matrices of hidden layers are updated by Muon, which makes each update orthogonal and as "
+        "long as AdamW's; all else by AdamW. With engine.strategy ddp alone.",
+    )
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="muon: decay of its momentum.")
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine", "inverse_sqrt"] = Field(
         default="constant",

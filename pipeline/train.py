@@ -61,6 +61,7 @@ from pipeline.provenance import open_latent_sets
 from pipeline.reporting.page import keep_report
 from pipeline.run_folder import TRAINING, claim, write_status
 from pipeline.sampler import Asked
+from pipeline.strategies.choice import misfit
 from pipeline.text import TextEncoders, Tokenizers, learn_tokenizer, open_text
 from pipeline.training import Course, Training
 from pipeline.unet import build_unet
@@ -83,6 +84,8 @@ def train(config: Config, args: argparse.Namespace) -> None:
     del args
     run = Path(config.run_dir)
     engine = Engine(config.engine)
+    if wrong := misfit(config.optimizer, engine.strategy):
+        raise UsageError(wrong)
     with blame("unet.start_from"):
         config = config.model_copy(update={"unet": resolved(config.unet)})
     engine.main_does(lambda: claim(run, config, TRAINING))
@@ -211,6 +214,7 @@ def train(config: Config, args: argparse.Namespace) -> None:
                 eps=settings.eps,
                 weight_decay=settings.weight_decay,
                 clip_norm=settings.gradient_clip_norm,
+                muon_momentum=settings.muon_momentum if settings.kind == "muon" else None,
             ),
         ),
         config=config,

@@ -60,6 +60,8 @@ def test_what_would_fail_is_named_in_a_line_each(capsys: pytest.CaptureFixture[s
     assert "engine.num_processes: 64 came, the check is for 48 ranks" in text
     assert "48 ranks came, but the number of ranks must divide data.lanes=1024" in text
     assert "engine.precision: bf16 came, v100 has fp16 and fp32" in text
+    code, _, errors = said(capsys, str(CONFIG), "engine.strategy=zero2", "optimizer.kind=muon")
+    assert code == 2 and "optimizer.kind: muon came with engine.strategy zero2, ddp was wanted" in "\n".join(errors)
     code, _, errors = said(capsys, str(CONFIG), "--gpus", "64", "--gpu", "a10", "train.micro_batch_images=24")
     text = "\n".join(errors)
     assert code == 2 and "it must divide a rank's share of the batch, 2048 / 64 = 32" in text

@@ -287,11 +287,14 @@ def test_finding_the_micro_batch_changes_nothing(world: World) -> None:
     assert losses(given) == losses(found)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "bf16_weights"])
-def test_other_precisions_go_on_exactly(world: World, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [("fp16", "adamw"), ("bf16", "adamw"), ("bf16_weights", "adamw"), ("fp32", "muon"), ("fp16", "muon")],
+)
+def test_other_precisions_and_muon_go_on_exactly(world: World, precision: str, kind: str) -> None:
     """fp16 begins with overflows, which skip steps and lower the scale; both are part of a checkpoint."""
     straight, parts = world.root / "straight", world.root / "parts"
-    words = (f"engine.precision={precision}", "train.steps=6", "checkpoint.every_steps=2")
+    words = (f"engine.precision={precision}", f"optimizer.kind={kind}", "train.steps=6", "checkpoint.every_steps=2")
     assert world.do("train", *words, f"run_dir={straight}") == [0], world.said()
     shutil.copytree(straight, parts)
     for path in checkpoint.list_steps(parts / "checkpoints")[:2]:
@@ -301,3 +304,16 @@ def test_other_precisions_go_on_exactly(world: World, precision: str) -> None:
     assert losses(straight) == losses(parts)
     state = json.loads((parts / "checkpoints/step-000000006/state.json").read_text())
     assert ("scale" in state["optimizer"]["scaler"]) == (precision == "fp16")
+
+
+def test_muon_learns_the_same_on_two_ranks_and_only_where_matrices_are_whole(world: World) -> None:
+    one, two = world.root / "one", world.root / "two"
+    muon = "optimizer.kind=muon"
+    assert world.do("train", muon, f"run_dir={one}") == [0], world.said()
+    assert world.do("train", muon, f"run_dir={two}", ranks=2) == [0, 0], world.said()
+    for ours, theirs in zip(losses(one), losses(two), strict=True):
+        assert ours[:2] == theirs[:2] and abs(ours[2] - theirs[2]) <= 1e-4
+    assert world.do("train", "optimizer.kind=adamw", f"run_dir={world.root / 'adamw'}") == [0], world.said()
+    assert losses(world.root / "adamw")[1][2] != losses(one)[1][2]
+    assert world.do("train", muon, "engine.strategy=fsdp2") == [2]
+    assert "error: optimizer.kind: muon came with engine.strategy fsdp2, ddp was wanted" in world.said()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Literal
 
-from pipeline.config_training import EngineConfig
+from pipeline.config_training import EngineConfig, OptimizerConfig
 from pipeline.errors import UsageError
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -64,6 +64,13 @@ def choose(engine: EngineConfig, environ: Mapping[str, str]) -> Strategy:
     if on_zero and find_spec("deepspeed") is None:
         raise UsageError(f"engine.strategy: {chosen} wants DeepSpeed; pip install '.[deepspeed]'")
     return chosen
+
+
+def misfit(optimizer: OptimizerConfig, strategy: Strategy) -> str | None:
+    """What is wrong with an optimizer under a strategy; None: nothing."""
+    if optimizer.kind != "muon" or strategy == "ddp":
+        return None
+    return f"optimizer.kind: muon came with engine.strategy {strategy}, ddp was wanted: Muon needs whole matrices"
 
 
 def _launched(environ: Mapping[str, str]) -> Strategy | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.optim import UpdateRule
+from pipeline.optim import UpdateRule, hidden_weights
 from pipeline.strategies.masters import Masters
 from pipeline.strategies.precision import InPrecision, LossScale
 from pipeline.strategies.wrapped import StepReport, Whole, Wrapped
@@ -40,7 +40,9 @@ class Ddp(Wrapped):
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.apart = model.precision == "bf16_weights"
         weights = [p.detach().float().clone() if self.apart else p for p in self.parameters]
-        self.masters = Masters(weights, [p.ndim for p in self.parameters], rule)
+        hidden = hidden_weights(model) if rule.muon_momentum is not None else set[Tensor]()
+        places = [i for i, p in enumerate(self.parameters) if p in hidden]
+        self.masters = Masters(weights, [p.ndim for p in self.parameters], rule, hidden=places)
         if self.apart:
             model.bfloat16()
         self.model = model

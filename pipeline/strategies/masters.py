@@ -1,4 +1,4 @@
-"""fp32 master weights that lie on this rank as plain tensors, and their fused AdamW."""
+"""fp32 master weights that lie on this rank as plain tensors, their fused AdamW, and Muon."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.optim import MOMENTS, UpdateRule
+from pipeline.optim import MOMENTS, UpdateRule, orthogonal
 from pipeline.strategies.precision import LossScale
 from pipeline.strategies.wrapped import StepReport, Whole
 
+TOGETHER = 2**26  # numbers in the matrices that Muon makes orthogonal at once
+MUON_SIZE = 0.2  # root mean square of AdamW's update over the learning rate
 Fill = Callable[[list[Tensor], Whole], None]  # Wrapped.fill
 
 
 @dataclass(frozen=True)
 class _State:
-    """AdamW's own: moments like the weights, and one count for all of them."""
+    """The optimizer's own: moments like the weights, and one count for all of them.  Muon's second moment stays 0."""
 
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
@@ -32,11 +34,19 @@ class Masters:
     and the loss scale, and leaves everything as it was where it is told that something is not finite.
     """
 
-    def __init__(self, weights: Sequence[Tensor], num_dims: Sequence[int], rule: UpdateRule) -> None:
-        """`weights`: fp32, each an alias of what the model reads or its own; `num_dims` of the whole tensors."""
+    def __init__(
+        self, weights: Sequence[Tensor], num_dims: Sequence[int], rule: UpdateRule, *, hidden: Sequence[int] = ()
+    ) -> None:
+        """`weights`: fp32, each an alias of what the model reads or its own; `num_dims` of the whole tensors.
+
+        `hidden`: places of those, whole ones, that Muon updates.
+        """
         self.weights = [weight.detach() for weight in weights]
         self.rule = rule
-        decayed = [i for i, dims in enumerate(num_dims) if dims > 1]
+        self._matrices: dict[torch.Size, list[int]] = {}  # Muon's, by their shapes as matrices
+        for i in hidden:
+            self._matrices.setdefault(self.weights[i].flatten(1).shape, []).append(i)
+        decayed = [i for i, dims in enumerate(num_dims) if dims > 1 and i not in set(hidden)]
         spared = [i for i, dims in enumerate(num_dims) if dims <= 1]  # norms, biases
         self._groups = [(group, decay) for group, decay in ((decayed, rule.weight_decay), (spared, 0.0)) if group]
         self._state: _State | None = None
@@ -70,7 +80,7 @@ class Masters:
     def _update(
         self, gradients: Sequence[Tensor | None], learning_rate: float, divisor: Tensor, found_inf: Tensor
     ) -> None:
-        """AdamW (Loshchilov & Hutter 2019), fused; with `found_inf` 1 instead of 0 nothing changes."""
+        """AdamW (Loshchilov & Hutter 2019), fused, and Muon; with `found_inf` 1 instead of 0 nothing changes."""
         state = self._state = self._state or self._fresh(0)
         beta1, beta2 = self.rule.betas
         filled = [
@@ -96,7 +106,33 @@ class Masters:
                 grad_scale=divisor,
                 found_inf=found_inf,
             )
+        for (rows, columns), places in self._matrices.items():
+            together = max(1, TOGETHER // (rows * columns))
+            for first in range(0, len(places), together):
+                self._turn(places[first : first + together], filled, learning_rate, divisor, found_inf > 0)
         state.count.add_(1 - found_inf)
+
+    def _turn(
+        self, places: Sequence[int], gradients: Sequence[Tensor], learning_rate: float, divisor: Tensor, bad: Tensor
+    ) -> None:
+        """Muon (Jordan et al. 2024) with Nesterov's momentum, for weights of one shape.
+
+        As long as AdamW's updates: 0.2 sqrt(max(m, n)), Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4.
+        """
+        assert self._state is not None and self.rule.muon_momentum is not None
+        beta, ahead = self.rule.muon_momentum, list[Tensor]()
+        for i in places:
+            gradient = torch.where(bad, 0.0, gradients[i] / divisor)
+            momentum = self._state.exp_avg[i]
+            momentum.copy_(torch.where(bad, momentum, momentum.lerp(gradient, 1 - beta)))
+            ahead.append(gradient.lerp(momentum, beta).flatten(1))
+        turned = orthogonal(torch.stack(ahead))  # [K,m,n]
+        size = MUON_SIZE * max(turned.shape[1:]) ** 0.5
+        for i, matrix in zip(places, turned, strict=True):
+            weight = self.weights[i]
+            new = weight * (1 - learning_rate * self.rule.weight_decay)
+            new -= learning_rate * size * matrix.reshape(weight.shape)
+            weight.copy_(torch.where(bad, weight, new))
 
     def _fresh(self, num_updates: int) -> _State:
         exp_avg, exp_avg_sq = ([torch.zeros_like(weight) for weight in self.weights] for _ in MOMENTS)

@@ -9,6 +9,8 @@ import torch
 from steady_step import Step
 
 from pipeline.config_diffusion import DiffusionConfig
+from pipeline.optim import UpdateRule
+from pipeline.strategies.masters import Masters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,3 +48,22 @@ def test_what_is_read_late_is_that_steps() -> None:
     at_once = [early.take().read()["loss"] for _ in range(4)]
     summed = [late.take() for _ in range(4)]
     assert [one.read()["loss"] for one in summed] == pytest.approx(at_once, rel=1e-5)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_muon_updates_as_on_a_cpu_and_waits_for_nothing() -> None:
+    """But for bf16's rounding, which changes a matrix by one part in a hundred."""
+    rule = UpdateRule(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip_norm=1e9, muon_momentum=0.95)
+    draw = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(32, 16, 3, 3, generator=draw) for _ in range(4))
+    moved: list[torch.Tensor] = []
+    for device in ("cpu", "cuda"):
+        masters = Masters([start.to(device, copy=True)], [4], rule, hidden=[0])
+        given = [[gradient.to(device)] for gradient in gradients]
+        masters.step(given[0], 1e-2, None)
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        for one in given[1:]:
+            masters.step(one, 1e-2, None)
+        torch.cuda.set_sync_debug_mode("default")
+        moved.append(masters.weights[0].cpu() - start)
+    assert float((moved[0] - moved[1]).norm() / moved[0].norm()) < 0.02
