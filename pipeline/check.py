@@ -70,8 +70,8 @@ class Plan:
 
     @property
     def operations_per_image(self) -> int:
-        """Of a step: the U-Net's forward and backward pass, and what runs beside it."""
-        return self.operations.training + self.found.operations_beside
+        """Of a step: the U-Net's forward and backward pass, what runs beside it, and a share of the update."""
+        return self.operations.training + self.found.operations_beside + self.found.operations_of_update // self.share
 
     @property
     def num_trained(self) -> int:
@@ -88,6 +88,11 @@ class Plan:
         return (self.found.num_autoencoder or 0) + (self.found.num_text or 0 if online else 0)
 
     @property
+    def share(self) -> int:
+        """Images of a rank in a step."""
+        return max(1, self.config.train.global_batch_images // self.num_ranks)
+
+    @property
     def micro_batch(self) -> int | None:
         """Images of a rank in one forward pass; None: its whole share, as for `auto` here."""
         asked = self.config.train.micro_batch_images
@@ -96,8 +101,7 @@ class Plan:
     @property
     def images_at_once(self) -> int:
         """The same as a number."""
-        share = max(1, self.config.train.global_batch_images // self.num_ranks)
-        return min(self.micro_batch or share, share)
+        return min(self.micro_batch or self.share, self.share)
 
     def memory(self, strategy: Strategy) -> Memory:
         """On each rank."""
@@ -214,6 +218,8 @@ def show_work(console: Console, plan: Plan) -> None:
     made.add_row(f"training, GFLOP per image{again}", f"{operations.training / 1e9:,.1f}")
     if found.operations_beside:
         made.add_row("autoencoder, text encoders, heads, GFLOP per image", f"{found.operations_beside / 1e9:,.1f}")
+    if found.operations_of_update:
+        made.add_row("Muon's update, GFLOP per step and rank", f"{found.operations_of_update / 1e9:,.1f}")
     made.add_row("activations, GiB per image", f"{(activations.of(1) - activations.fixed) / GIB:.3f}")
     console.print(made)
 

@@ -25,7 +25,16 @@ from pipeline.data.store import is_url
 from pipeline.errors import UsageError, blame
 from pipeline.features import Backbone
 from pipeline.heads import LogVariance, Projection
-from pipeline.planning.work import Build, Shape, count_beside, count_projection, largest_block, num_parameters
+from pipeline.optim import hidden_weights
+from pipeline.planning.work import (
+    Build,
+    Shape,
+    count_beside,
+    count_muon,
+    count_projection,
+    largest_block,
+    num_parameters,
+)
 from pipeline.pretrained import resolved
 from pipeline.provenance import open_latent_sets
 from pipeline.run_folder import TRAINING, check_same
@@ -51,6 +60,7 @@ class Found:
     num_text: int | None  # None: not looked at; 0: there is none
     num_heads: int  # of heads that learn beside the U-Net
     operations_beside: int  # for each image, of heads, and of the autoencoder and text encoders that run in each step
+    operations_of_update: int  # for each step on each rank: Muon's
     num_samples: int | None
     shard_bytes: int | None
     sample_bytes: int  # of latents as encode writes them
@@ -101,7 +111,9 @@ def look(config: Config, num_ranks: int) -> Found:
         for each in config.evaluation.features
         if each.path is not None and not _on_hub(each.path) and not Path(each.path).expanduser().exists()
     ]
-    num_heads, operations_of_heads = _heads(config, shape, features)
+    num_heads, operations_of_heads, head = _heads(config, shape, features)
+    learns = config.conditioning.text is not None and config.conditioning.text.train
+    builds = [shape.build, *(encoders or [] if learns else []), *([head] if head else [])]
     return Found(
         shape,
         num_unet,
@@ -110,6 +122,7 @@ def look(config: Config, num_ranks: int) -> Found:
         num_text=None if encoders is None else sum(map(num_parameters, encoders)),
         num_heads=num_heads,
         operations_beside=_operations_beside(config, autoencoder, encoders, num_tokens, notes) + operations_of_heads,
+        operations_of_update=sum(map(_update, builds)) if config.optimizer.kind == "muon" else 0,
         num_samples=num_samples,
         shard_bytes=shard_bytes,
         sample_bytes=sample_bytes(config.data, shape, features),
@@ -238,9 +251,15 @@ def _operations_beside(
     return count_beside(config.data, text, autoencoder, encoders or [], num_tokens)
 
 
-def _heads(config: Config, shape: Shape, features: dict[str, Any] | None) -> tuple[int, int]:
-    """Parameters of the heads, and their operations for each image, forward and backward."""
-    count, operations = 0, 0
+def _update(build: Build) -> int:
+    """Muon's operations for a network."""
+    with torch.device("meta"):
+        return count_muon(hidden_weights(build()))
+
+
+def _heads(config: Config, shape: Shape, features: dict[str, Any] | None) -> tuple[int, int, Build | None]:
+    """Parameters of the heads, their operations for each image, forward and backward, and what builds U-REPA's."""
+    count, operations, projection = 0, 0, None
     if config.diffusion.learned_weighting:
         count += num_parameters(LogVariance)
     if (alignment := config.train.alignment) is not None and features is not None:
@@ -252,7 +271,8 @@ def _heads(config: Config, shape: Shape, features: dict[str, Any] | None) -> tup
 
         count += num_parameters(build)
         operations += count_projection(build, channels, shape.latent[1])
-    return count, operations
+        projection = build
+    return count, operations, projection
 
 
 def _autoencoder(config: Config, notes: list[str], failures: list[str]) -> tuple[int, int, Build | None]:

@@ -53,9 +53,9 @@ from pipeline.evaluation import Evaluation
 from pipeline.features import Backbone
 from pipeline.heads import Heads, Projection, WithHeads, build_heads
 from pipeline.metrics.pictures import labelled_grid
-from pipeline.optim import UpdateRule, learning_rate_at
+from pipeline.optim import UpdateRule, hidden_weights, learning_rate_at
 from pipeline.pace import Work
-from pipeline.planning.work import Shape, count_beside, count_operations, count_projection
+from pipeline.planning.work import Shape, count_beside, count_muon, count_operations, count_projection
 from pipeline.pretrained import open_pretrained, resolved
 from pipeline.provenance import open_latent_sets
 from pipeline.reporting.page import keep_report
@@ -190,11 +190,13 @@ def train(config: Config, args: argparse.Namespace) -> None:
         width = features["width"] if features else 0
         heads = build_heads(alignment, learned_weighting, unet, width=width, seed=config.seed)
     settings = config.optimizer
+    module = WithHeads(network, heads) if heads else network
+    of_update = count_muon(hidden_weights(module)) if settings.kind == "muon" else 0
     training = Training(
         engine,
         run,
         models={"unet": unet} | (learners.named if learners else {}) | heads,
-        module=WithHeads(network, heads) if heads else network,
+        module=module,
         profiles=profiles(config.ema),
         samples=samples,
         course=Course(
@@ -226,7 +228,9 @@ def train(config: Config, args: argparse.Namespace) -> None:
         work=Work.on(
             engine.device,
             config.engine.precision,
-            count_operations(shape, checkpointing=False).training + operations_beside(config, vae, text, heads),
+            count_operations(shape, checkpointing=False).training
+            + operations_beside(config, vae, text, heads)
+            + of_update * engine.num_ranks // config.train.global_batch_images,
         ),
     )
 

@@ -14,6 +14,7 @@ from world import World
 
 from pipeline.__main__ import main
 from pipeline.config_file import load_config
+from pipeline.optim import hidden_weights
 from pipeline.planning.work import count_forward
 from pipeline.preflight import look, of_batch
 from vae.config import VaeModelConfig
@@ -134,6 +135,19 @@ def test_what_runs_beside_the_network_is_counted(world: World) -> None:
         look(load_config(world.config, [f"conditioning.text.train={train}"]), 1) for train in ("false", "true")
     )
     assert 0 < 3 * frozen.operations_beside == learns.operations_beside
+
+
+def test_muons_update_is_counted_for_each_step(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five turns of two products with the matrix, 4 m²n, and one of what it makes, 2 m³."""
+    config, muon = load_config(world.config), load_config(world.config, ["optimizer.kind=muon"])
+    assert look(config, 1).operations_of_update == 0
+    found, wanted = look(muon, 1), 0
+    for weight in hidden_weights(found.shape.build()):
+        small, large = sorted(weight.flatten(1).shape)
+        wanted += 5 * (4 * small**2 * large + 2 * small**3)
+    assert found.operations_of_update == wanted > 0
+    code, text, _ = said(capsys, str(world.config), "optimizer.kind=muon")
+    assert code == 0 and f"{wanted / 1e9:,.1f}" in text and "Muon's update, GFLOP per step and rank" in text
 
 
 def test_the_usual_autoencoder_is_counted_right() -> None:

@@ -7,7 +7,7 @@ arithmetic, though more of its memory traffic).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config_data import DataConfig
 from pipeline.config_network import ConditioningConfig, TextConfig, UnetConfig
+from pipeline.optim import orthogonal
 from pipeline.unet import NUM_SIZES, build_unet
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16_weights"]
@@ -116,6 +117,14 @@ def count_operations(shape: Shape, *, checkpointing: bool) -> Operations:
             forward = int(counter.get_total_flops())
             output.sum().backward()
             return Operations(forward, int(counter.get_total_flops()))
+
+
+def count_muon(weights: Iterable[Tensor]) -> int:
+    """Of a step on each rank, whatever its images: what makes the updates of these weights orthogonal."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        for weight in weights:
+            orthogonal(torch.empty(1, *weight.flatten(1).shape))
+        return int(counter.get_total_flops())
 
 
 def count_forward(build: Build, ask: Callable[[Any], object]) -> int:
