@@ -5,8 +5,9 @@
 
 Every recipe trains the same U-Net on the same latents, in batches of as many images.  1,000 images drawn without
 guidance, in as many passes of the network, are held against the training images in the features of two judges that no
-recipe knows (`backbones.py`): the unbiased kernel distance, 0 is best.  A recipe is scored on its way; only one
-whose learning rate falls to 0 at the end has a run of its own for each number of images.
+recipe knows (`backbones.py`): the unbiased kernel distance, 0 is best.  A recipe is scored on its way, and at its end a
+second time, drawn by a solver of second order; only one whose learning rate falls to 0 at the end has a run of its own
+for each number of images.
 
 `recipes.py` says what is compared (U-REPA's head computes a little more).  Learning rates were chosen by its trials, on
 a seed that nothing else is reported of.
@@ -51,6 +52,8 @@ from vae.model import load
 PARTS = 4  # of the images, after each of which a model is scored
 SNAPSHOTS = 20  # of the averages that any other length is made of
 FLOORS = "floors.json"
+SWEPT = "evaluation/sweep.json"
+SOLVED = ", second order"  # of a point whose images are drawn by the recipe's solver
 OWN = ("diffusion", "optimizer", "ema", "checkpoint", "evaluation", "tracking")  # sections that a recipe says itself
 
 
@@ -197,6 +200,9 @@ def train(folder: Path, each: Run) -> str:
         if average not in done:
             run(place, "ema", *words, "--sigma-rel", str(sigma_rel), log=each.name)
             run(place, "evaluate", *words, "--checkpoint", "newest", "--ema", average, log=each.name)
+    if not (place / run_dir / SWEPT).exists():
+        average = next(row["ema"] for row in read_evaluations(place / run_dir) if row["step"] == each.steps)
+        run(place, "sweep", *words, "--ema", average, "--scheduler", recipe.solver, log=each.name)
     found = [f"{kind}'s {json.dumps(points_of(place, [each], kind))}" for kind in JUDGES]
     return f"{each.data}, {each.name}: {', '.join(found)}"
 
@@ -229,6 +235,10 @@ def points_of(place: Path, runs: Sequence[Run], judge: str) -> Points:
             name = each.recipe + (f", average of {lengths[row['ema']]}" if row["ema"] in lengths else "")
             share = row["step"] / SETS[each.data].steps
             found.setdefault(name, {}).setdefault(each.seed, {})[share] = row["scores"][f"{judge}/kid"]
+        if (swept := place / "runs" / each.name / SWEPT).exists():
+            (row,) = json.loads(swept.read_text())["rows"]
+            by_seed = found.setdefault(f"{each.recipe}{SOLVED}", {})
+            by_seed.setdefault(each.seed, {})[each.share] = row["scores"][f"{judge}/kid"]
     return found
 
 
@@ -248,13 +258,16 @@ def tell(folder: Path, data: str, judge: str) -> None:
         for share in sorted({share for of_seed in by_seed.values() for share in of_seed}):
             told = f"{title}: {name}, {round(share * SETS[data].num_images):,} images"
             figure(f"{told}{spread(by_seed, share, 1000)}", 1000 * mean_at(by_seed, share), None, unit)
-    for name in points:
-        if name.startswith(BEST):
-            needs(title, name, points[name], target)
+    for drawn in ("", SOLVED):
+        if f"{BEST}{drawn}" in points and f"{PLAIN}{drawn}" in points:
+            needs(title, f"{BEST}{drawn}", points[f"{BEST}{drawn}"], mean_at(points[f"{PLAIN}{drawn}"], 1.0))
 
 
 def needs(title: str, name: str, by_seed: dict[int, dict[float, float]], target: float) -> None:
-    """The figures of the promise: as near to the training images as plain comes, with half of its images."""
+    """The figures of the promise: as near to the training images as plain comes, with half of its images.
+
+    Both are drawn alike.
+    """
     ratio = mean_at(by_seed, 0.5) / target
     figure(f"{title}: {name}: distance with half of plain's images, over plain's with all", ratio, "<= 1", "ratio")
     needed = {seed: {0.0: images_needed(of_seed, target)} for seed, of_seed in by_seed.items()}
@@ -289,12 +302,17 @@ def spread(by_seed: dict[int, dict[float, float]], share: float, factor: float =
 
 
 def table(title: str, data: str, points: Points, target: float) -> Iterator[str]:
-    """Markdown: a row for each recipe, a column for each share of plain's images; distances times 1,000."""
+    """Markdown: a row for each recipe, a column for each share of plain's images; distances times 1,000.
+
+    `second order`: drawn so, at the end of a run.
+    """
     shares = sorted({share for by_seed in points.values() for of_seed in by_seed.values() for share in of_seed})
     headings = [f"{round(share * SETS[data].num_images):,}" for share in shares]
-    yield f"| {title}, images | {' | '.join(headings)} | seeds | needs |"
-    yield "|---|" + "---|" * (len(shares) + 2)
+    yield f"| {title}, images | {' | '.join(headings)} | second order | seeds | needs |"
+    yield "|---|" + "---|" * (len(shares) + 3)
     for name, by_seed in points.items():
+        if name.endswith(SOLVED):
+            continue
         cells = [
             f"{1000 * mean_at(by_seed, share):.2f}" if any(share in of_seed for of_seed in by_seed.values()) else ""
             for share in shares
@@ -302,7 +320,9 @@ def table(title: str, data: str, points: Points, target: float) -> Iterator[str]
         common = {share: mean_at(by_seed, share) for share in set.intersection(*map(set, by_seed.values()))}
         needed = images_needed(common, target)
         told = "" if len(common) < 2 else f"{needed:.2f}" if math.isfinite(needed) else "more"
-        yield f"| {name} | {' | '.join(cells)} | {len(by_seed)} | {told} |"
+        solved = [1000 * value for of_seed in points.get(f"{name}{SOLVED}", {}).values() for value in of_seed.values()]
+        drawn = f"{statistics.mean(solved):.2f}" if solved else ""
+        yield f"| {name} | {' | '.join(cells)} | {drawn} | {len(by_seed)} | {told} |"
 
 
 def plot(folder: Path, sets: Sequence[str], path: Path) -> None:

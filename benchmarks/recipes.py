@@ -64,6 +64,7 @@ class Recipe:
     rate: float = 1.0  # times the set's learning rate
     shares: tuple[float, ...] = (1.0,)  # of plain's images: a run for each
     sigma_rels: tuple[float, ...] = ()
+    solver: str = "DPMSolverMultistepScheduler"  # of second order: as many passes of the network, and a smaller error
     teacher: bool = False  # whether U-REPA aligns it with the teacher of `backbones.py`
 
     @property
@@ -85,8 +86,9 @@ EDM = "diffusion={objective: edm}"
 LEARNED = "diffusion={objective: edm, noise_mean: 0.3, noise_std: 1.0, learned_weighting: true}"  # as EDM2: -0.4 + ln 2
 FLOW = "diffusion={objective: flow}"
 COSINE = "optimizer.schedule=cosine"
-INVERSE_SQRT = "optimizer={schedule: inverse_sqrt, decay_start_steps: 400}"
-SHORT_MEMORY = "optimizer.beta2=0.99"
+MUON = "optimizer.kind=muon"
+SHORT = "ema.decays=[0.95]"  # an average that keeps up with a network that changes quickly
+EDM_SOLVER = "EDMDPMSolverMultistepScheduler"
 LENGTHS = (0.03, 0.1)  # of averages that are made afterwards
 
 RECIPES = {
@@ -94,13 +96,13 @@ RECIPES = {
     "epsilon, stratified t": Recipe((STRATIFIED,)),
     "v, min-SNR-5": Recipe((MIN_SNR,)),
     "v, sigmoid": Recipe((SIGMOID,)),
-    "EDM": Recipe((EDM,)),
-    "EDM2's noise, learned log-variance": Recipe((LEARNED,)),
+    "EDM": Recipe((EDM,), solver=EDM_SOLVER),
+    "EDM2's noise, learned log-variance": Recipe((LEARNED,), solver=EDM_SOLVER),
     "flow": Recipe((FLOW,), sigma_rels=LENGTHS),
-    "flow, cosine": Recipe((FLOW, COSINE), shares=(0.5,)),
-    "flow, inverse square root": Recipe((FLOW, INVERSE_SQRT)),
     "flow, U-REPA": Recipe((FLOW,), teacher=True),
-    BEST: Recipe((FLOW, SHORT_MEMORY), shares=(0.5,), sigma_rels=LENGTHS, teacher=True),
+    "epsilon, Muon": Recipe((EXAMPLE, MUON)),
+    "flow, Muon": Recipe((FLOW, MUON)),
+    BEST: Recipe((FLOW, MUON, COSINE, SHORT), shares=(0.5,), teacher=True),
 }
 TRIALS = {
     f"{name} at {rate:g} of the rate": Recipe((words,), rate=rate)

@@ -46,7 +46,8 @@ class Masters:
         self._matrices: dict[torch.Size, list[int]] = {}  # Muon's, by their shapes as matrices
         for i in hidden:
             self._matrices.setdefault(self.weights[i].flatten(1).shape, []).append(i)
-        decayed = [i for i, dims in enumerate(num_dims) if dims > 1 and i not in set(hidden)]
+        turned = set(hidden)
+        decayed = [i for i, dims in enumerate(num_dims) if dims > 1 and i not in turned]
         spared = [i for i, dims in enumerate(num_dims) if dims <= 1]  # norms, biases
         self._groups = [(group, decay) for group, decay in ((decayed, rule.weight_decay), (spared, 0.0)) if group]
         self._state: _State | None = None
