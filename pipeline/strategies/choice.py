@@ -70,7 +70,10 @@ def misfit(optimizer: OptimizerConfig, strategy: Strategy) -> str | None:
     """What is wrong with an optimizer under a strategy; None: nothing."""
     if optimizer.kind != "muon" or strategy == "ddp":
         return None
-    return f"optimizer.kind: muon came with engine.strategy {strategy}, ddp was wanted: Muon needs whole matrices"
+    return (
+        f"optimizer.kind: muon came with engine.strategy {strategy}, ddp was wanted, where each rank has whole "
+        "matrices; or optimizer.kind=adamw"
+    )
 
 
 def _launched(environ: Mapping[str, str]) -> Strategy | None:
