@@ -38,7 +38,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from omegaconf import OmegaConf
-from recipes import BEST, EVERY, PLAIN, RECIPES, SETS, TRIAL_SEED, TRIALS
+from recipes import BARE, BEST, EVERY, PLAIN, RECIPES, SETS, TRIAL_SEED, TRIALS
 from verbs import ROOT, run
 
 from pipeline.data.dataset import read_images
@@ -258,9 +258,9 @@ def tell(folder: Path, data: str, judge: str) -> None:
         for share in sorted({share for of_seed in by_seed.values() for share in of_seed}):
             told = f"{title}: {name}, {round(share * SETS[data].num_images):,} images"
             figure(f"{told}{spread(by_seed, share, 1000)}", 1000 * mean_at(by_seed, share), None, unit)
-    for drawn in ("", SOLVED):
-        if f"{BEST}{drawn}" in points and f"{PLAIN}{drawn}" in points:
-            needs(title, f"{BEST}{drawn}", points[f"{BEST}{drawn}"], mean_at(points[f"{PLAIN}{drawn}"], 1.0))
+    for name, drawn in product((BEST, BARE), ("", SOLVED)):
+        if f"{name}{drawn}" in points and f"{PLAIN}{drawn}" in points:
+            needs(title, f"{name}{drawn}", points[f"{name}{drawn}"], mean_at(points[f"{PLAIN}{drawn}"], 1.0))
 
 
 def needs(title: str, name: str, by_seed: dict[int, dict[float, float]], target: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TRIAL_SEED = 100  # nothing else is reported of it
-PLAIN, BEST = "plain", "best"  # what is compared in the end
+PLAIN, BEST, BARE = "plain", "best", "best without U-REPA"  # what is compared in the end
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ RECIPES = {
     "flow, U-REPA": Recipe((FLOW,), teacher=True),
     "epsilon, Muon": Recipe((EXAMPLE, MUON)),
     "flow, Muon": Recipe((FLOW, MUON)),
+    BARE: Recipe((FLOW, MUON, COSINE, SHORT), shares=(0.5,)),
     BEST: Recipe((FLOW, MUON, COSINE, SHORT), shares=(0.5,), teacher=True),
 }
 TRIALS = {
