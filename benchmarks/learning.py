@@ -340,10 +340,8 @@ def plot(folder: Path, sets: Sequence[str], path: Path) -> None:
             bars = [means - [min(values) for values in each], [max(values) for values in each] - means]
             at = [share * SETS[data].num_images for share in shares]
             style = {PLAIN: "k--", BEST: "k-"}.get(name, f"C{list(RECIPES).index(name) - 1}-")
-            mark, size = ("*", 9) if name in (BEST, BARE) else ("o", 3)
-            axes.errorbar(
-                at, means, bars, fmt=style, marker=mark, markersize=size, linewidth=1.2, capsize=2, label=name
-            )
+            mark, size = ("*", 9) if len(at) == 1 else ("o", 3)
+            axes.errorbar(at, means, bars, fmt=style + mark, markersize=size, linewidth=1.2, capsize=2, label=name)
         values = [value for by_seed in points.values() for of_seed in by_seed.values() for value in of_seed.values()]
         axes.set(title=f"{data}, {judge}", xlabel="images seen", ylabel="kernel distance × 1000", xscale="log")
         axes.set(yscale="log" if min(values, default=1) > 0 else "symlog")
