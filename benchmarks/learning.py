@@ -1,4 +1,4 @@
-"""Which recipe learns most per image?  Kernel distances against the images seen, at equal operations for each image.
+"""Which recipe learns most per image?  Kernel distances against the images seen.
 
     python benchmarks/learning.py --folder FOLDER [--data digits|emoji ...] [--only RECIPE ...] [--seeds 0 1 2]
                                   [--trials] [--jobs 1] [--table]
@@ -9,8 +9,8 @@ recipe knows (`backbones.py`): the unbiased kernel distance, 0 is best.  A recip
 second time, drawn by a solver of second order; only one whose learning rate falls to 0 at the end has a run of its own
 for each number of images.
 
-`recipes.py` says what is compared (U-REPA's head computes a little more).  Learning rates were chosen by its trials, on
-a seed that nothing else is reported of.
+`recipes.py` says what is compared.  For each image all compute the same, but for U-REPA's head, a little, and Muon, a
+third of a step of so small a U-Net.  Learning rates were chosen by the trials, on a seed of which nothing else is told.
 
 Each run is a folder of FOLDER.  What is there isn't made again: to go on, run the same command again.
 """
