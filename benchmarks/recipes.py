@@ -100,8 +100,8 @@ RECIPES = {
     "EDM2's noise, learned log-variance": Recipe((LEARNED,), solver=EDM_SOLVER),
     "flow": Recipe((FLOW,), sigma_rels=LENGTHS),
     "flow, U-REPA": Recipe((FLOW,), teacher=True),
-    "epsilon, Muon": Recipe((EXAMPLE, MUON)),
-    "flow, Muon": Recipe((FLOW, MUON)),
+    "epsilon, Muon": Recipe((EXAMPLE, MUON), shares=(0.5,)),
+    "flow, Muon": Recipe((FLOW, MUON), shares=(0.5,)),
     BARE: Recipe((FLOW, MUON, COSINE, SHORT), shares=(0.5,)),
     BEST: Recipe((FLOW, MUON, COSINE, SHORT), shares=(0.5,), teacher=True),
 }
