@@ -181,7 +181,8 @@ def mean_at(by_seed: dict[int, dict[float, float]], share: float) -> float:
 def table(title: str, data: str, points: Points) -> Iterator[str]:
     """Markdown: a row for each recipe, a column for each share of plain's images; mean distances times 1,000.
 
-    `from, to`: the least seed and the largest, at the end of a run.  `second order`: drawn so, there.
+    `from, to`: the least seed and the largest, at the end of a run.  `second order`: drawn so, there.  `needs`: the
+    share of plain's images after which the curve is first down at the end of plain's, of the same seeds.
     """
     shares = sorted({share for by_seed in points.values() for of_seed in by_seed.values() for share in of_seed})
     headings = [f"{round(share * SETS[data].num_images):,}" for share in shares]
@@ -197,7 +198,8 @@ def table(title: str, data: str, points: Points) -> Iterator[str]:
         last = max(share for of_seed in by_seed.values() for share in of_seed)
         ends = [1000 * of_seed[last] for of_seed in by_seed.values() if last in of_seed]
         common = {share: mean_at(by_seed, share) for share in set.intersection(*map(set, by_seed.values()))}
-        needed = images_needed(common, mean_at(points[PLAIN], 1.0))
+        rivals = {seed: points[PLAIN][seed] for seed in by_seed if seed in points[PLAIN]}
+        needed = images_needed(common, mean_at(rivals or points[PLAIN], 1.0))
         told = "" if len(common) < 2 else f"{needed:.2f}" if math.isfinite(needed) else "more"
         solved = [1000 * value for of_seed in points.get(f"{name}{SOLVED}", {}).values() for value in of_seed.values()]
         drawn = f"{statistics.mean(solved):.4g}" if solved else ""
@@ -223,7 +225,7 @@ def plot(folder: Path, sets: Sequence[str], path: Path, earlier: Earlier) -> Non
             mark, size = ("*", 9) if len(at) == 1 else ("o", 3)
             axes.errorbar(at, means, bars, fmt=style + mark, markersize=size, linewidth=1.2, capsize=2, label=name)
         values = [value for by_seed in points.values() for of_seed in by_seed.values() for value in of_seed.values()]
-        axes.set(title=f"{data}, {judge}", xlabel="images seen", ylabel="kernel distance × 1000", xscale="log")
+        axes.set(title=f"{data}, {judge}", xlabel="images seen", ylabel=UNIT, xscale="log")
         axes.set(yscale="log" if min(values, default=1) > 0 else "symlog")
         ticks = [SETS[data].num_images * part // PARTS for part in range(1, PARTS + 1)]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
