@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.config_evaluation import TrackingConfig
 from pipeline.errors import UsageError
-from pipeline.tracking import Tracker, is_wandb_available, read_evaluations, write_evaluation
+from pipeline.tracking import Tracker, read_evaluations, write_evaluation
 
 
 def write(folder: Path, config: TrackingConfig, *, after_step: int, steps: range, loss: float = 1.0) -> None:
@@ -68,10 +69,6 @@ def test_only_the_first_rank_writes(tmp_path: Path) -> None:
 def test_weights_and_biases_goes_on_with_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline: what would be sent lies in the folder."""
     config = TrackingConfig(tensorboard=False, wandb="demo")
-    if not is_wandb_available():
-        with pytest.raises(UsageError, match=r"tracking\.wandb: its package is not installed; pip install"):
-            write(tmp_path, config, after_step=0, steps=range(1, 3))
-        return
     PartialState(cpu=True)  # as every program has it
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -81,3 +78,10 @@ def test_weights_and_biases_goes_on_with_one_run(tmp_path: Path, monkeypatch: py
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert runs and {path.name.rpartition("-")[2] for path in runs} == {name}
     assert len([*(tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb")]) == len(runs)
+
+
+def test_weights_and_biases_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(UsageError, match=r"tracking\.wandb: its package is not installed; pip install"):
+        write(tmp_path, TrackingConfig(tensorboard=False, wandb="demo"), after_step=0, steps=range(1, 3))
+    assert not list(tmp_path.iterdir())
