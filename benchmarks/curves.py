@@ -90,7 +90,7 @@ def average_of(sigma_rel: float, each: Run) -> str:
 
 
 def read(folder: Path, data: str, judge: str, earlier: Earlier) -> Points:
-    """All points of a set that are there or were told before, as a judge sees them, recipes in their order."""
+    """All points of a set that were told before or are there, as a judge sees them, recipes in their order."""
     runs = [
         Run(data, name, share, seed)
         for name, recipe in EVERY.items()
@@ -100,8 +100,7 @@ def read(folder: Path, data: str, judge: str, earlier: Earlier) -> Points:
     found = points_of(folder / data, runs, judge)
     for name, by_seed in earlier.points.get(f"{data}, {judge}", {}).items():
         for seed, of_seed in by_seed.items():
-            here = found.setdefault(name, {}).setdefault(seed, {})
-            here.update({share: distance for share, distance in of_seed.items() if share not in here})
+            found.setdefault(name, {}).setdefault(seed, {}).update(of_seed)
     order = list(EVERY)
 
     def place(name: str) -> tuple[int, str]:
@@ -153,11 +152,19 @@ def tell(folder: Path, data: str, judge: str, earlier: Earlier) -> None:
 
 
 def promise(title: str, best: dict[int, dict[float, float]], plain: dict[int, dict[float, float]]) -> None:
-    """As near to the training images as plain comes, with half of its images; both are drawn alike."""
+    """As near to the training images as plain comes, with half of its images; both are drawn alike.
+
+    Markdown too: the means and each seed's, plain's, best's and their ratio.
+    """
     target = mean_at(plain, 1.0)
-    each = " ".join(f"{of_seed[0.5] / target:.3g}" for of_seed in best.values() if 0.5 in of_seed)
+    ends, halves = ([by[share] for by in of.values() if share in by] for of, share in ((plain, 1.0), (best, 0.5)))
+    each = " ".join(f"{half / target:.3g}" for half in halves)
     told = f"{title}: distance with half of plain's images, over plain's with all; each seed's {each}"
     figure(told, mean_at(best, 0.5) / target, "<= 1", "ratio")
+    cells = [
+        f"{1000 * statistics.mean(of):.4g}; {' '.join(f'{1000 * one:.4g}' for one in of)}" for of in (ends, halves)
+    ]
+    print(f"| {title} | {' | '.join(cells)} | {mean_at(best, 0.5) / target:.2f}; {each} |", file=sys.stderr)
 
 
 def images_needed(of_seed: dict[float, float], target: float) -> float:
