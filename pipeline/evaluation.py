@@ -84,7 +84,7 @@ class Evaluation:
         self.train = RealSet("data.train_images", data.train_images, config)
         self.held_out = RealSet("data.validation_images", (data.validation_images,), config)
         self.asked = tuple(asked_of(config))
-        self.yardsticks: dict[str, Yardstick] = {}
+        self.yardsticks: dict[str, Yardstick] = {}  # on rank 0 alone, as their floors
         self.floors: Scores = {}
         engine.main_does(self._open)
 

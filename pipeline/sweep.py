@@ -133,8 +133,12 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changed)})
     settings = config.evaluation
     evaluation = Evaluation(engine, config)
-    if not evaluation.yardsticks:
-        raise UsageError("evaluation.features: no network is there to score with; name one")
+
+    def check() -> None:
+        if not evaluation.yardsticks:
+            raise UsageError("evaluation.features: no network is there to score with; name one")
+
+    engine.main_does(check)  # they are rank 0's
     rows: list[dict[str, Any]] = []
     path = run / "evaluation" / "sweep.json"
     for ema, pipe, checkpoint in chain([first], models):
