@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,7 @@ from vae.likelihood import autoencoder_nll
 from vae.model import state_sha256, weights_sha256
 
 Note = Callable[[int, dict[str, float]], None]  # step, figures
+Unwatched = Callable[[], AbstractContextManager[None]]  # on every rank: the watchdog looks away meanwhile
 Of = Callable[[Encoded, Sequence[Asked]], Tensor]  # held-out images, what they show → a number or more of each
 
 
@@ -86,12 +88,12 @@ class Evaluation:
         self.asked = tuple(asked_of(config))
         self.yardsticks: dict[str, Yardstick] = {}  # on rank 0 alone, as their floors
         self.floors: Scores = {}
-        engine.main_does(self._open)
+        self.titles: tuple[str, ...] = tuple(engine.main_does(self._open))  # of the networks, on every rank
 
     # What is made ready ---------------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Rank 0: the networks, what they say of real images, and the scores of the held-out ones."""
+    def _open(self) -> list[str]:
+        """Rank 0: the networks, what they say of real images, and the scores of the held-out ones; their titles."""
         if self.settings.features and self.settings.num_images < LEAST_IMAGES:
             raise UsageError(
                 f"evaluation.num_images: {self.settings.num_images} came; precision, recall, density and coverage want "
@@ -103,6 +105,7 @@ class Evaluation:
                 if found is not None:
                     self.yardsticks[settings.title] = found
                     self.floors |= found.floor()
+        return list(self.yardsticks)
 
     @cached_property
     def own(self) -> HeldOut:
@@ -143,10 +146,17 @@ class Evaluation:
         ]
 
     def score(
-        self, pipe: ClassConditionalPipeline, model: Model, go_on: GoOn, *, in_training: bool
+        self,
+        pipe: ClassConditionalPipeline,
+        model: Model,
+        go_on: GoOn,
+        unwatched: Unwatched = nullcontext,
+        *,
+        in_training: bool,
     ) -> list[Row] | None:
         """A row for each guidance scale, on every rank; None where it was told to stop.  Every rank calls it.
 
+        It can be told so after each portion of images and each network's scores of a scale.
         Raises RunError, on all ranks, for an image that is not finite.
         """
         kept = self.kept(pipe, model.checkpoint or f"step-{model.step:09d}")
@@ -156,21 +166,37 @@ class Evaluation:
         shared = self._held_out_scores(pipe, go_on)
         if shared is None:
             return None
-        return self.engine.main_does(lambda: [self._row(each, model, shared) for each in kept])
+        scores: list[Scores] = []
+        for each in kept:
+            of_images = self.image_scores(each, go_on, unwatched)
+            if of_images is None:
+                return None
+            scores.append(of_images | self.floors | shared)
+        every = list(zip(kept, scores, strict=True))
+        return self.engine.main_does(lambda: [self._row(each, model, of_model) for each, of_model in every])
 
     def is_due(self, step: int) -> bool:
         """Whether a training is evaluated after a step: at the asked distances, and at its end."""
         every = self.settings.scores_every_steps
         return every is not None and (step % every == 0 or step == self.config.train.steps)
 
-    def in_training(self, pipe: ClassConditionalPipeline, step: int, ema: str, go_on: GoOn, note: Note) -> None:
+    def in_training(
+        self,
+        pipe: ClassConditionalPipeline,
+        step: int,
+        ema: str,
+        go_on: GoOn,
+        unwatched: Unwatched,
+        note: Note,
+    ) -> None:
         """Score the average as it is after a step, and write it down; `note`: see Journal.  Every rank calls it.
 
         Where it is told to stop, what was drawn is kept for the next try.
         """
         every, run = self.config.checkpoint.every_steps, Path(self.config.run_dir)
         is_saved = step % every == 0 or step == self.config.train.steps
-        rows = self.score(pipe, Model(step, f"step-{step:09d}" if is_saved else None, ema), go_on, in_training=True)
+        model = Model(step, f"step-{step:09d}" if is_saved else None, ema)
+        rows = self.score(pipe, model, go_on, unwatched, in_training=True)
         if rows is not None:
             for row in rows:
                 note(step, curves_of(row))
@@ -191,21 +217,31 @@ class Evaluation:
 
         return self.engine.main_does(look)
 
-    def image_scores(self, kept: KeptImages) -> Scores:
-        """Rank 0: the scores of drawn images, by NETWORK/NAME; `accuracy` and `clip_score` without the network's."""
+    def image_scores(self, kept: KeptImages, go_on: GoOn, unwatched: Unwatched = nullcontext) -> Scores | None:
+        """The scores of drawn images, by NETWORK/NAME; `accuracy` and `clip_score` without the network's.
+
+        A collective, as each network is; None where it was told to stop between two of them.
+        """
         scores: Scores = {}
-        prompts = [asked.prompt for asked in kept.asked]
-        for title, yardstick in self.yardsticks.items():
-            with blame(f"evaluation.features: {title}: {kept.folder.name}"):
-                seen = [yardstick.network.see(kept.read(portion)) for portion in kept.portions]
-                features = np.concatenate([each.features for each in seen])
-                named = [each.probabilities for each in seen if each.probabilities is not None]
-                probabilities = np.concatenate(named) if named else None
-                captions = yardstick.read(prompts)
-                scores |= yardstick.scores(features, probabilities, labels=labels_of(kept.asked), captions=captions)
+        for title in self.titles:
+            if not go_on():
+                return None
+            with unwatched():
+                scores |= self.engine.main_does(lambda title=title: self._network_scores(kept, title))
         return scores
 
-    def _row(self, kept: KeptImages, model: Model, shared: Scores) -> Row:
+    def _network_scores(self, kept: KeptImages, title: str) -> Scores:
+        """Rank 0: those in the features of one network."""
+        yardstick = self.yardsticks[title]
+        with blame(f"evaluation.features: {title}: {kept.folder.name}"):
+            seen = [yardstick.network.see(kept.read(portion)) for portion in kept.portions]
+            features = np.concatenate([each.features for each in seen])
+            named = [each.probabilities for each in seen if each.probabilities is not None]
+            probabilities = np.concatenate(named) if named else None
+            captions = yardstick.read([asked.prompt for asked in kept.asked])
+            return yardstick.scores(features, probabilities, labels=labels_of(kept.asked), captions=captions)
+
+    def _row(self, kept: KeptImages, model: Model, scores: Scores) -> Row:
         """Rank 0: one row of RUN/evaluations.jsonl."""
         row: Row = {
             "step": model.step,
@@ -216,7 +252,7 @@ class Evaluation:
             "num_images": len(kept.asked),
             "references": self.references(),
             "held_out": self._held_out_fingerprint(),
-            "scores": self.image_scores(kept) | self.floors | shared,
+            "scores": scores,
         }
         return told_apart(read_evaluations(Path(self.config.run_dir)), row, self.settings)
 

@@ -133,12 +133,8 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changed)})
     settings = config.evaluation
     evaluation = Evaluation(engine, config)
-
-    def check() -> None:
-        if not evaluation.yardsticks:
-            raise UsageError("evaluation.features: no network is there to score with; name one")
-
-    engine.main_does(check)  # they are rank 0's
+    if not evaluation.titles:
+        raise UsageError("evaluation.features: no network is there to score with; name one")
     rows: list[dict[str, Any]] = []
     path = run / "evaluation" / "sweep.json"
     for ema, pipe, checkpoint in chain([first], models):
@@ -172,13 +168,13 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
                     guide=guide.sha256,
                 )
                 kept.draw(engine, pipe, lambda: True, in_training=False, guide=guide.unet)
-                scores: dict[str, float] = engine.main_does(lambda kept=kept: evaluation.image_scores(kept))
+                scores = evaluation.image_scores(kept, lambda: True)
                 rows.append({**asdict(point), "checkpoint": checkpoint, "scores": scores})
                 said = {"num_images": settings.num_images, "references": evaluation.references(), "rows": rows}
                 engine.main_does(lambda said=said: files.write_json(path, said))
 
     def finish() -> None:
-        show(rows, next(iter(evaluation.yardsticks)), path)
+        show(rows, evaluation.titles[0], path)
         keep_report(run)
 
     engine.main_does(finish)

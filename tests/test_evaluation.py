@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from world import World, losses, rows
+from world import FORKSERVER, World, free_port, losses, rows, run_rank
 
 from pipeline.config_evaluation import EvaluationConfig
 from pipeline.score_rows import curves_of, flat_scores, told_apart
@@ -154,6 +154,7 @@ def test_stopped_while_it_draws_it_goes_on(world: World, straight: Path, how: st
     started = world.start("train", *LONG, f"run_dir={stopped}")
     drawn = f"evaluation/step-{step:09d}-guidance-1-*/*.npy"
     wait_for(lambda: len(list(stopped.glob(drawn))) >= 2)
+    wait_for((stopped / "checkpoints" / f"step-{step:09d}" / "manifest.json").exists)  # a kill costs no steps
     os.kill(int(started[0].pid or 0), getattr(signal, how))
     started[0].join(60)
     portions = {path: path.stat().st_mtime_ns for path in stopped.glob(drawn)}
@@ -171,6 +172,46 @@ def test_stopped_while_it_draws_it_goes_on(world: World, straight: Path, how: st
     assert losses(straight) == losses(stopped)
     curves = [[row for row in rows(run) if "loss" not in row] for run in (straight, stopped)]
     assert [list(row) for row in curves[0]] == [list(row) for row in curves[1]], "each curve has each point once"
+
+
+HANG_S, SCORES_S = 4.0, 6.0  # seconds
+
+
+def slow_rank(rank: int, words: list[str], ranks: int, port: int, log: str) -> None:
+    """A rank of a training to which a network's scores of drawn images take longer than a step may."""
+    from pipeline.yardstick import Yardstick
+
+    count = Yardstick.scores
+
+    def slowly(self: Yardstick, features: Any, *rest: Any, **named: Any) -> Any:
+        if len(features) == 64:
+            time.sleep(SCORES_S)
+        return count(self, features, *rest, **named)
+
+    Yardstick.scores = slowly
+    run_rank(rank, "train", words, ranks, port, log)
+
+
+def test_long_scores_are_no_hang_and_a_signal_is_heeded_between_two(world: World) -> None:
+    """Of two guidance scales, one after the other, each longer than the watchdog's patience, on two ranks."""
+    words = (*LONG, f"run_dir={world.root / 'slow'}", "evaluation.scores_every_steps=8")
+    words += ("evaluation.num_inference_steps=2", f"train.hang_timeout_s={HANG_S}")
+    slow, port, log = world.root / "slow", free_port(), str(world.root / "log.txt")
+    started = [
+        FORKSERVER.Process(target=slow_rank, args=(rank, [str(world.config), *words], 2, port, log)) for rank in (0, 1)
+    ]
+    for process in started:
+        process.start()
+    wait_for(lambda: len(list(slow.glob("evaluation/*/*.npy"))) == 16)
+    time.sleep(2)  # it counts the first one's
+    os.kill(int(started[1].pid or 0), signal.SIGUSR1)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [1, 1], world.said()
+    assert world.status(slow) == {"state": "preempted", "step": 8, "reason": "SIGUSR1 after step 8"}
+    assert not (slow / "evaluations.jsonl").exists() and not list(slow.glob("stacks-*.txt"))
+    assert world.do("train", *words) == [0], world.said()
+    assert len(evaluations(slow)) == 2
 
 
 def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World, tmp_path: Path) -> None:
