@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import files, sampler
+from pipeline import files, program, sampler
 from pipeline.bounds import Costs, Encoded, counted
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
@@ -186,6 +186,7 @@ class Evaluation:
         step: int,
         ema: str,
         go_on: GoOn,
+        *,
         unwatched: Unwatched,
         note: Note,
     ) -> None:
@@ -282,7 +283,12 @@ class Evaluation:
             found = in_portions(self.engine, portions, one, go_on, None)
             return None if found is None else np.array([value for each in found for value in each])
 
-        if settings.loss_images and has_variance(pipe, config):
+        if not costs.says_variance and self.engine.is_main:
+            program.say(
+                "the validation loss, the bound and its bits are left out: they are of the learned variance "
+                "(diffusion.variance_type), which this export's U-Net lacks; --checkpoint counts them"
+            )
+        if settings.loss_images and costs.says_variance:
             objective = objective_of(config.diffusion, self.engine.device)
             losses = over_ranks(
                 spaced(self.own.total, settings.loss_images),
@@ -292,7 +298,7 @@ class Evaluation:
                 return None
             scores |= {f"validation_loss/band-{band}": float(loss) for band, loss in enumerate(losses.mean(axis=0))}
             scores |= {"validation_loss/mean": float(losses.mean()), "validation_loss/num_images": len(losses)}
-        if settings.bits and settings.likelihood.num_images and config.diffusion.objective == "ddpm":
+        if settings.bits and settings.likelihood.num_images and costs.has_bound:
 
             def bits(of: Encoded, asked: Sequence[Asked]) -> Tensor:
                 bound = costs.bound(of, asked, None, settings.likelihood.num_timesteps)
@@ -356,10 +362,3 @@ def model_sha256(pipe: ClassConditionalPipeline) -> str:
             "tile_pixels": sampler.tile_of(pipe),
         }
     )
-
-
-def has_variance(pipe: ClassConditionalPipeline, config: Config) -> bool:
-    """Whether the U-Net says all that the loss is of: stock exports leave a learned variance out."""
-    channels = int(pipe.unet.config["in_channels"])
-    wanted = 2 * channels if config.diffusion.variance_type == "learned_range" else channels
-    return int(pipe.unet.config["out_channels"]) == wanted

@@ -275,7 +275,9 @@ def train(config: Config, args: argparse.Namespace) -> None:
             save_denoising(run / "evaluation" / DENOISING, pipe, rows, config, title=f"step {step}")
             pipe.register_modules(vae=vae)
         if is_scored and evaluation is not None and pipe is not None:
-            evaluation.in_training(pipe, step, average, training.go_on, training.unwatched, training.journal.note)
+            evaluation.in_training(
+                pipe, step, average, training.go_on, unwatched=training.unwatched, note=training.journal.note
+            )
         if engine.is_main:
             keep_report(run)
         if text is not None and conditioning.is_cached:
