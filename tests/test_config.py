@@ -324,6 +324,13 @@ def test_values_that_do_not_go_together(path: Path, override: str, told: str) ->
     assert told in refusal(path, override)
 
 
+@pytest.mark.parametrize("objective", ["edm", "flow"])
+def test_bits_are_of_a_chain_of_timesteps(path: Path, objective: str) -> None:
+    words = (f"diffusion.objective={objective}", "evaluation.bits=true")
+    assert f"evaluation.bits=true came with diffusion.objective={objective}, which" in refusal(path, *words)
+    assert not load_config(path, words[:1]).evaluation.bits
+
+
 def test_features_lie_beside_latents(path: Path) -> None:
     words = ["train.alignment={features: {network: transformers, path: a}}", "diffusion={objective: edm}"]
     assert load_config(path, [*words, "diffusion.learned_weighting=true"]).train.alignment is not None
