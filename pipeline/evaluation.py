@@ -199,8 +199,7 @@ class Evaluation:
         model = Model(step, f"step-{step:09d}" if is_saved else None, ema)
         rows = self.score(pipe, model, go_on, unwatched, in_training=True)
         if rows is not None:
-            for row in rows:
-                note(step, curves_of(row))
+            note(step, {name: value for row in rows for name, value in curves_of(row).items()})
             self.engine.main_does(lambda: record(run, rows))
 
     def is_recorded(self, step: int, ema: str) -> bool:

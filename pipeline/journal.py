@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from statistics import median
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import program
+from pipeline import files, program
 from pipeline.config import Config
 from pipeline.data.quarantine import BadSample, Count, Quarantine
 from pipeline.engine import Engine, Summed
@@ -83,6 +84,7 @@ class Journal:
     def begin(self, step: int, position: int, replaced: Count) -> None:
         """Go on after `step` and at `position`: rows of later ones belong to work that was lost."""
         self._close_rows()
+        self._begun = step
         is_main, tracking = self.engine.is_main, self.config.tracking
         self.tracker = Tracker(self.run, tracking, after_step=step, is_main=is_main)
         self.quarantine = Quarantine(
@@ -142,7 +144,14 @@ class Journal:
             self._write(taken, found)
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add figures of a step that were found beside it."""
+        """Add figures of a step that were found beside it.
+
+        Those that its rows hold already are passed over: of the step that was taken up, they were noted before a kill.
+        """
+        if step == self._begun and self.engine.is_main:
+            rows = [json.loads(line) for line in files.whole_lines(self.run / "metrics.jsonl")]
+            there = {name for row in rows if row["step"] == step for name in row}
+            figures = {name: value for name, value in figures.items() if name not in there}
         if figures and self.tracker is not None:
             self.tracker.write({"step": step, **figures})
 

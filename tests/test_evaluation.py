@@ -68,11 +68,11 @@ def test_a_training_writes_a_row_for_each_evaluation_and_guidance(scored: World)
 
 def test_its_numbers_are_curves_and_the_newest_are_in_scores_json(scored: World) -> None:
     last = evaluations(scored.run_dir)[-1]
-    of_step = [row for row in rows(scored.run_dir) if row["step"] == 8 and "loss" not in row]
-    assert len(of_step) == 2
-    assert of_step[1]["guidance_2/classifier/kid"] == last["scores"]["classifier/kid"]
-    assert of_step[0]["validation_loss/band-3"] == last["scores"]["validation_loss/band-3"]
-    assert not [name for row in of_step for name in row if name.startswith("validation/") or "num_" in name]
+    (of_step,) = (row for row in rows(scored.run_dir) if row["step"] == 8 and "loss" not in row)
+    assert of_step["guidance_2/classifier/kid"] == last["scores"]["classifier/kid"]
+    assert of_step["validation_loss/band-3"] == last["scores"]["validation_loss/band-3"]
+    assert "guidance_1/classifier/kid" in of_step and "bits_per_dim" in of_step
+    assert not [name for name in of_step if name.startswith("validation/") or "num_" in name]
     flat = json.loads((scored.run_dir / "scores.json").read_text())
     assert flat["checkpoint"] == "step-000000008"
     assert flat["guidance_2/frechet_distance"] == last["scores"]["classifier/fid"]
@@ -172,6 +172,21 @@ def test_stopped_while_it_draws_it_goes_on(world: World, straight: Path, how: st
     assert losses(straight) == losses(stopped)
     curves = [[row for row in rows(run) if "loss" not in row] for run in (straight, stopped)]
     assert [list(row) for row in curves[0]] == [list(row) for row in curves[1]], "each curve has each point once"
+
+
+def test_a_step_scored_again_adds_what_is_new_to_its_curves(scored: World, tmp_path: Path) -> None:
+    """For one guidance scale more; and after a kill between the curves' row and that of evaluations.jsonl."""
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    before = rows(run)
+    words = (*IN_LOOP, f"run_dir={run}", "evaluation.guidance_scales=[1.0,2.0,3.0]")
+    assert scored.do("train", *words) == [0], scored.said()
+    assert rows(run)[:-1] == before
+    assert all(name == "step" or name.startswith("guidance_3/") for name in rows(run)[-1])
+    again = rows(run)
+    (run / "evaluations.jsonl").unlink()
+    assert scored.do("train", *words) == [0], scored.said()
+    assert rows(run) == again and len(evaluations(run)) == 3
 
 
 HANG_S, SCORES_S = 4.0, 6.0  # seconds
