@@ -189,6 +189,18 @@ def test_a_step_scored_again_adds_what_is_new_to_its_curves(scored: World, tmp_p
     assert rows(run) == again and len(evaluations(run)) == 3
 
 
+def test_a_training_does_not_take_back_what_evaluate_keeps(scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    words = (*IN_LOOP, f"run_dir={run}", "evaluation.guidance_scales=[1.0,2.0]")
+    assert scored.do("evaluate", *words, "--checkpoint", "newest") == [0], scored.said()
+    (run / "evaluations.jsonl").unlink()  # so that the training takes the same images up again
+    assert scored.do("train", *words[:-1], "evaluation.guidance_scales=[1.0,2.0,3.0]") == [0], scored.said()
+    assert scored.do("train", *words, "train.steps=12") == [0], scored.said()
+    left = sorted(path.name.rpartition("-")[0] for path in (run / "evaluation").glob("step-*"))
+    assert left == [f"step-{step:09d}-guidance-{scale}" for step in (8, 12) for scale in (1, 2)]
+
+
 HANG_S, SCORES_S = 4.0, 6.0  # seconds
 
 
