@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,14 +13,14 @@ from statistics import median
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import files, program
+from pipeline import program
 from pipeline.config import Config
 from pipeline.data.quarantine import BadSample, Count, Quarantine
 from pipeline.engine import Engine, Summed
 from pipeline.errors import RunError
 from pipeline.pace import Pace, Work
 from pipeline.stopping import REASONS
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, read_rows
 
 NO_PARTS = ("loss", "not_finite", "replaced", "save_failed", *REASONS)  # of the loss
 
@@ -85,8 +84,14 @@ class Journal:
         """Go on after `step` and at `position`: rows of later ones belong to work that was lost."""
         self._close_rows()
         self._begun = step
-        is_main, tracking = self.engine.is_main, self.config.tracking
-        self.tracker = Tracker(self.run, tracking, after_step=step, is_main=is_main)
+        is_main = self.engine.is_main
+
+        def open_rows() -> None:
+            self.tracker = Tracker(self.run, self.config.tracking, after_step=step, is_main=is_main)
+
+        self.engine.main_does(open_rows)  # so that what it refuses is refused on all ranks
+        if not is_main:
+            open_rows()
         self.quarantine = Quarantine(
             self.run, self.config.data.quarantine, position=position, count=replaced, is_main=is_main
         )
@@ -149,8 +154,7 @@ class Journal:
         Those that its rows hold already are passed over: of the step that was taken up, they were noted before a kill.
         """
         if step == self._begun and self.engine.is_main:
-            rows = [json.loads(line) for line in files.whole_lines(self.run / "metrics.jsonl")]
-            there = {name for row in rows if row["step"] == step for name in row}
+            there = {name for row in read_rows(self.run / "metrics.jsonl") if row["step"] == step for name in row}
             figures = {name: value for name, value in figures.items() if name not in there}
         if figures and self.tracker is not None:
             self.tracker.write({"step": step, **figures})

@@ -93,8 +93,14 @@ class KeptImages:
         return [portion for portion in self.portions if not self.path(portion).exists()]
 
     def read(self, portion: range) -> NDArray[np.uint8]:
-        """The images of a portion."""
-        return np.load(self.path(portion), allow_pickle=False)
+        """The images of a portion.  Raises RunError for a file that is torn."""
+        path = self.path(portion)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise RunError(
+                f"{path}: drawn images were wanted ({error}); remove it, and they are drawn again"
+            ) from error
 
     def _may_go(self) -> bool:
         """Whether a training alone has asked for them so far."""

@@ -39,7 +39,7 @@ from pipeline.metrics.plots import sweep_plot
 from pipeline.reporting.page import keep_report
 from pipeline.reporting.words import number, score_of
 from pipeline.run_folder import check_same
-from pipeline.sampler import PASSPORT, Asked
+from pipeline.sampler import Asked
 from vae.model import state_sha256
 from vae.tiles import in_tiles
 
@@ -215,8 +215,8 @@ def models_of(
             raise UsageError("--step: an export is of one checkpoint; give --ema too")
         folder = Path(config.run_dir) / "export"
         pipe = sampler.open_export(folder, engine.device, tile_pixels=config.vae.tile_pixels)
-        passport = files.read_json(folder / PASSPORT)
-        yield str(passport["ema"]), pipe, str(passport["checkpoint"])
+        passport = sampler.passport_of(folder)
+        yield passport["ema"], pipe, passport["checkpoint"]
         return
     for name in args.ema:
         average = find_average(config, name, args.step)

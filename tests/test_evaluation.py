@@ -427,6 +427,39 @@ def test_features_of_another_preprocessing_are_refused(world: World) -> None:
     assert world.do("train", *words, "train.steps=9") == [0], world.said()
 
 
+def test_what_lies_there_broken_is_one_line_that_names_it(scored: World, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    shutil.copytree(scored.run_dir, run)
+    words = (f"run_dir={run}", *IN_LOOP)
+
+    def refused(verb: str, *more: str, ranks: int = 1, code: int = 2) -> str:
+        log.unlink(missing_ok=True)
+        assert scored.do(verb, *words, *more, ranks=ranks, log=log) == [code] * ranks, log.read_text()
+        (line,) = (line for line in log.read_text().splitlines() if "error: " in line)  # behind a bar, it may be
+        assert "Traceback" not in log.read_text()
+        return line
+
+    assert "--resamples: it is of the bootstrap of --compare" in refused("evaluate", "--resamples", "9")
+    kept = next((run / "evaluation").glob("step-*/*.npy"))
+    whole = kept.read_bytes()
+    for torn in (b"", whole[:-1], whole[:20]):
+        kept.write_bytes(torn)
+        told = refused("evaluate", "--checkpoint", "newest", code=1)
+        assert f"{kept}: drawn images were wanted" in told and "remove it, and they are drawn again" in told
+    kept.write_bytes(whole)
+    assert scored.do("export", f"run_dir={run}") == [0], scored.said()
+    (run / "export" / "training.json").unlink()
+    for verb in ("evaluate", "sweep"):
+        assert f"{run / 'export' / 'training.json'}: the checkpoint and average of the export" in refused(verb)
+    for name in ("evaluations.jsonl", "metrics.jsonl"):
+        path = run / name
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([lines[0], "{torn\n", *lines[1:]]))
+        told = refused("train", "train.steps=9", ranks=2)
+        assert f"{path}: line 2: a JSON object with a step was wanted; mend it, or remove it" in told
+        path.write_text("".join(lines))
+
+
 def test_images_that_are_not_finite_are_refused(scored: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(scored.run_dir, run)
