@@ -174,6 +174,21 @@ def test_stopped_while_it_draws_it_goes_on(world: World, straight: Path, how: st
     assert [list(row) for row in curves[0]] == [list(row) for row in curves[1]], "each curve has each point once"
 
 
+def test_a_picture_that_a_kill_left_out_is_drawn_after_all(scored: World, tmp_path: Path) -> None:
+    """Where a step is scored, its checkpoint comes before its picture."""
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    words = (*IN_LOOP, f"run_dir={run}", "evaluation.every_steps=4", "train.steps=12")
+    assert scored.do("train", *words) == [0], scored.said()
+    picture = run / "samples" / "step-000000012.png"
+    drawn, made = picture.read_bytes(), picture.stat().st_mtime_ns
+    assert scored.do("train", *words) == [0], scored.said()
+    assert picture.stat().st_mtime_ns == made
+    picture.unlink()
+    assert scored.do("train", *words) == [0], scored.said()
+    assert picture.read_bytes() == drawn
+
+
 def test_a_step_scored_again_adds_what_is_new_to_its_curves(scored: World, tmp_path: Path) -> None:
     """For one guidance scale more; and after a kill between the curves' row and that of evaluations.jsonl."""
     run = tmp_path / "run"
