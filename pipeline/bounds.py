@@ -64,6 +64,18 @@ class Costs:
         config = self.pipe.vae.config
         return LatentScale(config["scaling_factor"], config.get("shift_factor") or 0.0)
 
+    @property
+    def says_variance(self) -> bool:
+        """Whether the U-Net says a variance where the loss and the bound are of one: stock exports leave it out."""
+        channels = int(self.pipe.unet.config["in_channels"])
+        wanted = 2 * channels if self.diffusion.variance_type == "learned_range" else channels
+        return int(self.pipe.unet.config["out_channels"]) == wanted
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether the model is a chain of discrete timesteps of which all is said: only such a one has the bound."""
+        return self.diffusion.objective == "ddpm" and self.says_variance
+
     def encode(self, images: Images, indices: Sequence[int]) -> Encoded:
         """Images uint8 [N,H,W,3], numbered in their set by `indices` → z_0 ~ q(z|x)."""
         vae = self.pipe.vae
@@ -196,7 +208,7 @@ def likelihood_scores(
     """Bits of the first held-out images, evenly spaced over the set, by name; and the picture of the bound's terms.
 
     bits/dim of latents are of a density of z, per element of z; those of pixels are of 8-bit levels, per channel.
-    Objectives without discrete timesteps have no chain: of these only the ODE's likelihood is given.
+    Where there is no chain (Costs.has_bound) only the ODE's likelihood is given.
     """
     scores: dict[str, float | int] = {}
     scale = costs.latent_scale
@@ -209,7 +221,7 @@ def likelihood_scores(
         mean, error = average(nats / math.log(2))
         scores[f"likelihood/{name}_bits_per_dim"], scores[f"likelihood/{name}_standard_error"] = mean, error
 
-    if config.num_images and costs.diffusion.objective == "ddpm":
+    if config.num_images and costs.has_bound:
         of, told = chosen(config.num_images)
         schedule = denoiser.schedule_of(costs.diffusion).to(of.z_0.device)
         bound = costs.bound(of, told, None, config.num_timesteps)

@@ -58,6 +58,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _bits_are_of_a_chain(self) -> Self:
+        if self.evaluation.bits and self.diffusion.objective != "ddpm":
+            raise ValueError(
+                f"evaluation.bits=true came with diffusion.objective={self.diffusion.objective}, which has no chain of "
+                "timesteps whose bound it could count; bits: false was wanted (evaluate gives the ODE's likelihood)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _condition_can_be_told(self) -> Self:
         condition, text = self.conditioning, self.conditioning.text
         if condition.kind == "class_text" and not self.unet.class_embedding:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vae.config import FREE, Section
+
+NOT_ONE: dict[str, Any] = {"not": {"const": 1}}  # for editors
 
 
 class LikelihoodConfig(Section):
     """How many bits the held-out images cost under the model, without guidance."""
 
     num_images: int = Field(
-        default=64, ge=0, description="Held-out images whose variational bound is estimated; 0: none."
+        default=64,
+        ge=0,
+        description="Held-out images whose variational bound is estimated, 2 or more; 0: none.",
+        json_schema_extra=NOT_ONE,
     )
     num_timesteps: int | None = Field(
         default=50, gt=1, description="Timesteps of the chain per image, stratified; null: all, which has least error."
@@ -22,7 +27,10 @@ class LikelihoodConfig(Section):
         default=(), description="Shorter chains whose bound is given too, by their number of steps."
     )
     ode_images: int = Field(
-        default=16, ge=0, description="Held-out images whose log-likelihood the probability-flow ODE gives; 0: none."
+        default=16,
+        ge=0,
+        description="Held-out images whose log-likelihood the probability-flow ODE gives, 2 or more; 0: none.",
+        json_schema_extra=NOT_ONE,
     )
     ode_probes: Annotated[int, Field(gt=0)] | None = Field(
         default=1,
@@ -32,6 +40,13 @@ class LikelihoodConfig(Section):
     ode_tolerance: float = Field(
         default=1e-3, gt=0, description="Error of a step of the solver: of z, and of the nats per element."
     )
+
+    @field_validator("num_images", "ode_images")
+    @classmethod
+    def _has_an_error(cls, count: int) -> int:
+        if count == 1:
+            raise ValueError("1 came; 2 or more was wanted, which a mean's standard error is of, or 0 for none")
+        return count
 
 
 class FeaturesConfig(Section):

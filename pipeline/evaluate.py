@@ -48,13 +48,13 @@ from pipeline.model_card import note_scores
 from pipeline.real_features import see_all
 from pipeline.reporting.page import keep_report
 from pipeline.run_folder import check_same
-from pipeline.sampler import PASSPORT
 from pipeline.score_rows import flat_scores
 from pipeline.tracking import Row, write_evaluation
 from vae.metrics import psnr, reconstruct
 from vae.tiles import in_tiles
 
 Scores = dict[str, Any]
+NUM_RESAMPLES = 1000
 NEIGHBOURS, NEIGHBOUR_SAMPLES = 4, 10  # of the picture: nearest training images, samples
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     made.add_argument("--ema", metavar="NAME", help="with --checkpoint: which average (default: the config's first)")
     made.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="A less B, with 95%% intervals")
-    made.add_argument("--resamples", type=int, default=1000, help="with --compare: of the bootstrap (default 1000)")
+    made.add_argument("--resamples", type=int, help=f"with --compare: of the bootstrap (default {NUM_RESAMPLES})")
     return program.run_config(made, argv, evaluate, None)
 
 
@@ -76,10 +76,15 @@ def evaluate(config: Config, args: argparse.Namespace) -> None:
     run = Path(config.run_dir)
     if args.ema is not None and args.checkpoint is None:
         raise UsageError("--ema: an export has one average; give --checkpoint too, or export another one")
+    if args.resamples is not None and args.compare is None:
+        raise UsageError(
+            "--resamples: it is of the bootstrap of --compare, which did not come; leave it out, or give both"
+        )
     if args.compare is not None:
         if args.checkpoint is not None:
             raise UsageError("--checkpoint: --compare came with it, which is told folders; leave one of them out")
-        found = compare(Evaluation(engine, config), *args.compare, num_resamples=args.resamples)
+        num_resamples = NUM_RESAMPLES if args.resamples is None else args.resamples
+        found = compare(Evaluation(engine, config), *args.compare, num_resamples=num_resamples)
         engine.main_does(lambda: show_comparison(found, run / "evaluation" / "comparison.json"))
         return
     pipe, model = checkpoint_of(engine, config, args) if args.checkpoint else export_of(engine, config)
@@ -110,8 +115,8 @@ def export_of(engine: Engine, config: Config) -> tuple[ClassConditionalPipeline,
     """RUN/export."""
     folder = Path(config.run_dir) / "export"
     pipe = sampler.open_export(folder, engine.device, tile_pixels=config.vae.tile_pixels)
-    passport = files.read_json(folder / PASSPORT)
-    return pipe, Model.of_checkpoint(str(passport["checkpoint"]), str(passport["ema"]))
+    passport = sampler.passport_of(folder)
+    return pipe, Model.of_checkpoint(passport["checkpoint"], passport["ema"])
 
 
 def checkpoint_of(engine: Engine, config: Config, args: argparse.Namespace) -> tuple[ClassConditionalPipeline, Model]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import files, sampler
+from pipeline import files, program, sampler
 from pipeline.bounds import Costs, Encoded, counted
 from pipeline.class_conditional import ClassConditionalPipeline
 from pipeline.config import Config
@@ -42,6 +43,7 @@ from vae.likelihood import autoencoder_nll
 from vae.model import state_sha256, weights_sha256
 
 Note = Callable[[int, dict[str, float]], None]  # step, figures
+Unwatched = Callable[[], AbstractContextManager[None]]  # on every rank: the watchdog looks away meanwhile
 Of = Callable[[Encoded, Sequence[Asked]], Tensor]  # held-out images, what they show → a number or more of each
 
 
@@ -84,14 +86,14 @@ class Evaluation:
         self.train = RealSet("data.train_images", data.train_images, config)
         self.held_out = RealSet("data.validation_images", (data.validation_images,), config)
         self.asked = tuple(asked_of(config))
-        self.yardsticks: dict[str, Yardstick] = {}
+        self.yardsticks: dict[str, Yardstick] = {}  # on rank 0 alone, as their floors
         self.floors: Scores = {}
-        engine.main_does(self._open)
+        self.titles: tuple[str, ...] = tuple(engine.main_does(self._open))  # of the networks, on every rank
 
     # What is made ready ---------------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Rank 0: the networks, what they say of real images, and the scores of the held-out ones."""
+    def _open(self) -> list[str]:
+        """Rank 0: the networks, what they say of real images, and the scores of the held-out ones; their titles."""
         if self.settings.features and self.settings.num_images < LEAST_IMAGES:
             raise UsageError(
                 f"evaluation.num_images: {self.settings.num_images} came; precision, recall, density and coverage want "
@@ -103,6 +105,7 @@ class Evaluation:
                 if found is not None:
                     self.yardsticks[settings.title] = found
                     self.floors |= found.floor()
+        return list(self.yardsticks)
 
     @cached_property
     def own(self) -> HeldOut:
@@ -143,10 +146,17 @@ class Evaluation:
         ]
 
     def score(
-        self, pipe: ClassConditionalPipeline, model: Model, go_on: GoOn, *, in_training: bool
+        self,
+        pipe: ClassConditionalPipeline,
+        model: Model,
+        go_on: GoOn,
+        unwatched: Unwatched = nullcontext,
+        *,
+        in_training: bool,
     ) -> list[Row] | None:
         """A row for each guidance scale, on every rank; None where it was told to stop.  Every rank calls it.
 
+        It can be told so after each portion of images and each network's scores of a scale.
         Raises RunError, on all ranks, for an image that is not finite.
         """
         kept = self.kept(pipe, model.checkpoint or f"step-{model.step:09d}")
@@ -156,24 +166,40 @@ class Evaluation:
         shared = self._held_out_scores(pipe, go_on)
         if shared is None:
             return None
-        return self.engine.main_does(lambda: [self._row(each, model, shared) for each in kept])
+        scores: list[Scores] = []
+        for each in kept:
+            of_images = self.image_scores(each, go_on, unwatched)
+            if of_images is None:
+                return None
+            scores.append(of_images | self.floors | shared)
+        every = list(zip(kept, scores, strict=True))
+        return self.engine.main_does(lambda: [self._row(each, model, of_model) for each, of_model in every])
 
     def is_due(self, step: int) -> bool:
         """Whether a training is evaluated after a step: at the asked distances, and at its end."""
         every = self.settings.scores_every_steps
         return every is not None and (step % every == 0 or step == self.config.train.steps)
 
-    def in_training(self, pipe: ClassConditionalPipeline, step: int, ema: str, go_on: GoOn, note: Note) -> None:
+    def in_training(
+        self,
+        pipe: ClassConditionalPipeline,
+        step: int,
+        ema: str,
+        go_on: GoOn,
+        *,
+        unwatched: Unwatched,
+        note: Note,
+    ) -> None:
         """Score the average as it is after a step, and write it down; `note`: see Journal.  Every rank calls it.
 
         Where it is told to stop, what was drawn is kept for the next try.
         """
         every, run = self.config.checkpoint.every_steps, Path(self.config.run_dir)
         is_saved = step % every == 0 or step == self.config.train.steps
-        rows = self.score(pipe, Model(step, f"step-{step:09d}" if is_saved else None, ema), go_on, in_training=True)
+        model = Model(step, f"step-{step:09d}" if is_saved else None, ema)
+        rows = self.score(pipe, model, go_on, unwatched, in_training=True)
         if rows is not None:
-            for row in rows:
-                note(step, curves_of(row))
+            note(step, {name: value for row in rows for name, value in curves_of(row).items()})
             self.engine.main_does(lambda: record(run, rows))
 
     def is_recorded(self, step: int, ema: str) -> bool:
@@ -191,21 +217,31 @@ class Evaluation:
 
         return self.engine.main_does(look)
 
-    def image_scores(self, kept: KeptImages) -> Scores:
-        """Rank 0: the scores of drawn images, by NETWORK/NAME; `accuracy` and `clip_score` without the network's."""
+    def image_scores(self, kept: KeptImages, go_on: GoOn, unwatched: Unwatched = nullcontext) -> Scores | None:
+        """The scores of drawn images, by NETWORK/NAME; `accuracy` and `clip_score` without the network's.
+
+        A collective, as each network is; None where it was told to stop between two of them.
+        """
         scores: Scores = {}
-        prompts = [asked.prompt for asked in kept.asked]
-        for title, yardstick in self.yardsticks.items():
-            with blame(f"evaluation.features: {title}: {kept.folder.name}"):
-                seen = [yardstick.network.see(kept.read(portion)) for portion in kept.portions]
-                features = np.concatenate([each.features for each in seen])
-                named = [each.probabilities for each in seen if each.probabilities is not None]
-                probabilities = np.concatenate(named) if named else None
-                captions = yardstick.read(prompts)
-                scores |= yardstick.scores(features, probabilities, labels=labels_of(kept.asked), captions=captions)
+        for title in self.titles:
+            if not go_on():
+                return None
+            with unwatched():
+                scores |= self.engine.main_does(lambda title=title: self._network_scores(kept, title))
         return scores
 
-    def _row(self, kept: KeptImages, model: Model, shared: Scores) -> Row:
+    def _network_scores(self, kept: KeptImages, title: str) -> Scores:
+        """Rank 0: those in the features of one network."""
+        yardstick = self.yardsticks[title]
+        with blame(f"evaluation.features: {title}: {kept.folder.name}"):
+            seen = [yardstick.network.see(kept.read(portion)) for portion in kept.portions]
+            features = np.concatenate([each.features for each in seen])
+            named = [each.probabilities for each in seen if each.probabilities is not None]
+            probabilities = np.concatenate(named) if named else None
+            captions = yardstick.read([asked.prompt for asked in kept.asked])
+            return yardstick.scores(features, probabilities, labels=labels_of(kept.asked), captions=captions)
+
+    def _row(self, kept: KeptImages, model: Model, scores: Scores) -> Row:
         """Rank 0: one row of RUN/evaluations.jsonl."""
         row: Row = {
             "step": model.step,
@@ -216,7 +252,7 @@ class Evaluation:
             "num_images": len(kept.asked),
             "references": self.references(),
             "held_out": self._held_out_fingerprint(),
-            "scores": self.image_scores(kept) | self.floors | shared,
+            "scores": scores,
         }
         return told_apart(read_evaluations(Path(self.config.run_dir)), row, self.settings)
 
@@ -246,7 +282,12 @@ class Evaluation:
             found = in_portions(self.engine, portions, one, go_on, None)
             return None if found is None else np.array([value for each in found for value in each])
 
-        if settings.loss_images and has_variance(pipe, config):
+        if not costs.says_variance and self.engine.is_main:
+            program.say(
+                "the validation loss, the bound and its bits are left out: they are of the learned variance "
+                "(diffusion.variance_type), which this export's U-Net lacks; --checkpoint counts them"
+            )
+        if settings.loss_images and costs.says_variance:
             objective = objective_of(config.diffusion, self.engine.device)
             losses = over_ranks(
                 spaced(self.own.total, settings.loss_images),
@@ -256,7 +297,7 @@ class Evaluation:
                 return None
             scores |= {f"validation_loss/band-{band}": float(loss) for band, loss in enumerate(losses.mean(axis=0))}
             scores |= {"validation_loss/mean": float(losses.mean()), "validation_loss/num_images": len(losses)}
-        if settings.bits and settings.likelihood.num_images and config.diffusion.objective == "ddpm":
+        if settings.bits and settings.likelihood.num_images and costs.has_bound:
 
             def bits(of: Encoded, asked: Sequence[Asked]) -> Tensor:
                 bound = costs.bound(of, asked, None, settings.likelihood.num_timesteps)
@@ -320,10 +361,3 @@ def model_sha256(pipe: ClassConditionalPipeline) -> str:
             "tile_pixels": sampler.tile_of(pipe),
         }
     )
-
-
-def has_variance(pipe: ClassConditionalPipeline, config: Config) -> bool:
-    """Whether the U-Net says all that the loss is of: stock exports leave a learned variance out."""
-    channels = int(pipe.unet.config["in_channels"])
-    wanted = 2 * channels if config.diffusion.variance_type == "learned_range" else channels
-    return int(pipe.unet.config["out_channels"]) == wanted

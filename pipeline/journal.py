@@ -20,7 +20,7 @@ from pipeline.engine import Engine, Summed
 from pipeline.errors import RunError
 from pipeline.pace import Pace, Work
 from pipeline.stopping import REASONS
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, read_rows
 
 NO_PARTS = ("loss", "not_finite", "replaced", "save_failed", *REASONS)  # of the loss
 
@@ -83,8 +83,15 @@ class Journal:
     def begin(self, step: int, position: int, replaced: Count) -> None:
         """Go on after `step` and at `position`: rows of later ones belong to work that was lost."""
         self._close_rows()
-        is_main, tracking = self.engine.is_main, self.config.tracking
-        self.tracker = Tracker(self.run, tracking, after_step=step, is_main=is_main)
+        self._begun = step
+        is_main = self.engine.is_main
+
+        def open_rows() -> None:
+            self.tracker = Tracker(self.run, self.config.tracking, after_step=step, is_main=is_main)
+
+        self.engine.main_does(open_rows)  # so that what it refuses is refused on all ranks
+        if not is_main:
+            open_rows()
         self.quarantine = Quarantine(
             self.run, self.config.data.quarantine, position=position, count=replaced, is_main=is_main
         )
@@ -142,7 +149,13 @@ class Journal:
             self._write(taken, found)
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add figures of a step that were found beside it."""
+        """Add figures of a step that were found beside it.
+
+        Those that its rows hold already are passed over: of the step that was taken up, they were noted before a kill.
+        """
+        if step == self._begun and self.engine.is_main:
+            there = {name for row in read_rows(self.run / "metrics.jsonl") if row["step"] == step for name in row}
+            figures = {name: value for name, value in figures.items() if name not in there}
         if figures and self.tracker is not None:
             self.tracker.write({"step": step, **figures})
 

@@ -93,8 +93,21 @@ class KeptImages:
         return [portion for portion in self.portions if not self.path(portion).exists()]
 
     def read(self, portion: range) -> NDArray[np.uint8]:
-        """The images of a portion."""
-        return np.load(self.path(portion), allow_pickle=False)
+        """The images of a portion.  Raises RunError for a file that is torn."""
+        path = self.path(portion)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise RunError(
+                f"{path}: drawn images were wanted ({error}); remove it, and they are drawn again"
+            ) from error
+
+    def _may_go(self) -> bool:
+        """Whether a training alone has asked for them so far."""
+        try:
+            return bool(files.read_json(self.folder / SAID).get("in_training", False))
+        except (OSError, ValueError):  # nobody has
+            return True
 
     def draw(
         self,
@@ -107,13 +120,14 @@ class KeptImages:
     ) -> bool:
         """Draw what is missing, each rank its share; whether all is there: not where it was told to stop.
 
-        in_training: they may be removed when a later evaluation is through (`forget_older`).  `guide`: the network
-        itself, of that hash.
+        in_training: they may be removed when a later evaluation is through (`forget_older`), unless somebody else has
+        asked for them, before or after.  `guide`: the network itself, of that hash.
         Raises RunError on all ranks for an image that is not finite.
         """
 
         def begin() -> list[list[int]]:
-            files.write_json(self.folder / SAID, self.said() | {"in_training": in_training})
+            may_go = in_training and self._may_go()
+            files.write_json(self.folder / SAID, self.said() | {"in_training": may_go})
             return [[portion.start, portion.stop] for portion in self.missing()]
 
         missing = [range(*ends) for ends in engine.main_does(begin)]

@@ -107,6 +107,18 @@ def told_of(pipe: ClassConditionalPipeline, asked: Sequence[Asked]) -> dict[str,
     return given
 
 
+def passport_of(export: Path) -> dict[str, Any]:
+    """Which checkpoint and average an export is of.  Raises UsageError where it doesn't say."""
+    try:
+        said = files.read_json(export / PASSPORT)
+        return {name: str(said[name]) for name in ("checkpoint", "ema")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"{export / PASSPORT}: the checkpoint and average of the export were wanted "
+            f"({type(error).__name__}: {error}); export again"
+        ) from error
+
+
 def open_export(
     folder: Path, device: torch.device | str, *, tile_pixels: int | None = None
 ) -> ClassConditionalPipeline:

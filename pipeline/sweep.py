@@ -39,7 +39,7 @@ from pipeline.metrics.plots import sweep_plot
 from pipeline.reporting.page import keep_report
 from pipeline.reporting.words import number, score_of
 from pipeline.run_folder import check_same
-from pipeline.sampler import PASSPORT, Asked
+from pipeline.sampler import Asked
 from vae.model import state_sha256
 from vae.tiles import in_tiles
 
@@ -133,7 +133,7 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changed)})
     settings = config.evaluation
     evaluation = Evaluation(engine, config)
-    if not evaluation.yardsticks:
+    if not evaluation.titles:
         raise UsageError("evaluation.features: no network is there to score with; name one")
     rows: list[dict[str, Any]] = []
     path = run / "evaluation" / "sweep.json"
@@ -168,13 +168,13 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
                     guide=guide.sha256,
                 )
                 kept.draw(engine, pipe, lambda: True, in_training=False, guide=guide.unet)
-                scores: dict[str, float] = engine.main_does(lambda kept=kept: evaluation.image_scores(kept))
+                scores = evaluation.image_scores(kept, lambda: True)
                 rows.append({**asdict(point), "checkpoint": checkpoint, "scores": scores})
                 said = {"num_images": settings.num_images, "references": evaluation.references(), "rows": rows}
                 engine.main_does(lambda said=said: files.write_json(path, said))
 
     def finish() -> None:
-        show(rows, next(iter(evaluation.yardsticks)), path)
+        show(rows, evaluation.titles[0], path)
         keep_report(run)
 
     engine.main_does(finish)
@@ -215,8 +215,8 @@ def models_of(
             raise UsageError("--step: an export is of one checkpoint; give --ema too")
         folder = Path(config.run_dir) / "export"
         pipe = sampler.open_export(folder, engine.device, tile_pixels=config.vae.tile_pixels)
-        passport = files.read_json(folder / PASSPORT)
-        yield str(passport["ema"]), pipe, str(passport["checkpoint"])
+        passport = sampler.passport_of(folder)
+        yield passport["ema"], pipe, passport["checkpoint"]
         return
     for name in args.ema:
         average = find_average(config, name, args.step)

@@ -15,7 +15,7 @@ from accelerate.utils import is_wandb_available
 
 from pipeline import files
 from pipeline.config_evaluation import TrackingConfig
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, blame
 
 EVALUATIONS = "evaluations.jsonl"
 ROW_KEYS = ("step", "ema", "guidance_scale", "num_inference_steps", "num_images", "references")  # whose row it is
@@ -39,8 +39,8 @@ class Tracker:
         if not is_main:
             return
         path = folder / "metrics.jsonl"
-        keep = [line for line in files.whole_lines(path) if json.loads(line)["step"] <= after_step]
-        files.write_text(path, "".join(f"{line}\n" for line in keep))
+        pairs = zip(files.whole_lines(path), read_rows(path), strict=True)
+        files.write_text(path, "".join(f"{line}\n" for line, row in pairs if row["step"] <= after_step))
         forget_evaluations(folder, after_step)
         self.file = path.open("a", encoding="utf-8")
         if config.tensorboard:
@@ -66,6 +66,17 @@ class Tracker:
             board.finish()
 
 
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file, each with its step.  Raises UsageError where a line is broken."""
+    rows: list[Row] = []
+    for number, line in enumerate(files.whole_lines(path), start=1):
+        with blame(f"{path}: line {number}: a JSON object with a step was wanted; mend it, or remove it"):
+            rows.append(files.as_object(line.encode(), "the line"))
+            if "step" not in rows[-1]:
+                raise ValueError("it has no step")
+    return rows
+
+
 def _wandb(folder: Path, project: str) -> Any:
     """Accelerate's tracker for one run there, whose id lies in the folder.
 
@@ -82,7 +93,7 @@ def _wandb(folder: Path, project: str) -> Any:
 
 def read_evaluations(run: Path) -> list[Row]:
     """The rows of RUN/evaluations.jsonl, in order of step and guidance."""
-    return [json.loads(line) for line in files.whole_lines(run / EVALUATIONS)]
+    return read_rows(run / EVALUATIONS)
 
 
 def write_evaluation(run: Path, row: Row) -> None:

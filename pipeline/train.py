@@ -261,8 +261,10 @@ def train(config: Config, args: argparse.Namespace) -> None:
     if evaluation is not None:
         evaluation.make_light()
     average, taken_up = profiles(config.ema)[0].name, training.step
-    for step in training.steps(loss_of, again=evaluation is not None):
-        is_shown = step % config.evaluation.every_steps == 0 and step != taken_up
+    for step in training.steps(loss_of, long_after=evaluation.is_due if evaluation else None):
+        is_shown = step % config.evaluation.every_steps == 0
+        if is_shown and step == taken_up:  # drawn before, unless it was killed between the checkpoint and the picture
+            is_shown = not engine.main_does(lambda step=step: picture_of(run, step).exists())
         is_scored = evaluation is not None and evaluation.is_due(step) and not evaluation.is_recorded(step, average)
         if not (is_shown or is_scored):
             continue
@@ -273,7 +275,9 @@ def train(config: Config, args: argparse.Namespace) -> None:
             save_denoising(run / "evaluation" / DENOISING, pipe, rows, config, title=f"step {step}")
             pipe.register_modules(vae=vae)
         if is_scored and evaluation is not None and pipe is not None:
-            evaluation.in_training(pipe, step, average, training.go_on, training.journal.note)
+            evaluation.in_training(
+                pipe, step, average, training.go_on, unwatched=training.unwatched, note=training.journal.note
+            )
         if engine.is_main:
             keep_report(run)
         if text is not None and conditioning.is_cached:
@@ -360,12 +364,17 @@ def describe_online(
     )
 
 
+def picture_of(run: Path, step: int) -> Path:
+    """RUN/samples/step-N.png."""
+    return run / "samples" / f"step-{step:09d}.png"
+
+
 def save_picture(
     run: Path, step: int, config: Config, pipe: ClassConditionalPipeline, rows: Sequence[tuple[str, Asked]]
 ) -> None:
-    """RUN/samples/step-N.png: a row of images of each title and what it asks for, from the same noise each time."""
+    """A row of images of each title and what it asks for, from the same noise each time."""
     drawn = sampler.draw_rows(pipe, rows, PICTURE_COLUMNS, config)
-    with files.whole(run / "samples" / f"step-{step:09d}.png") as aside:
+    with files.whole(picture_of(run, step)) as aside:
         labelled_grid(drawn, scale=2, title=f"step {step}").save(aside, format="PNG")
 
 

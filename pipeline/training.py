@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -168,10 +168,12 @@ class Training:
                     "was begun with, or choose another run_dir"
                 )
 
-    def steps(self, loss_of: LossOf, *, again: bool = False) -> Iterator[int]:
+    def steps(self, loss_of: LossOf, *, long_after: Callable[[int], bool] | None = None) -> Iterator[int]:
         """Take the steps that are left; give the number of steps made after each, before it is saved.
 
-        again: give that of the checkpoint first that was taken up, for what was cut short after it.
+        long_after: whether a step is followed by work that is long and can be gone on with.  Where a checkpoint is due
+        it is begun before that, so that a kill costs the work alone; and the step of the checkpoint that was taken up
+        is given first, for what was cut short after it.
         Raises PreemptedError when it was told to stop, after saving.
         """
         share = self.course.rank_share(self.engine.num_ranks)
@@ -181,12 +183,10 @@ class Training:
             entered.callback(self.journal.close)
             stopping = entered.enter_context(Stopping(self.config.train.limit_s))
             watchdog = entered.enter_context(self._watchdog())
-            self._stopping, self._fed = stopping, watchdog.fed
+            self._stopping, self._watched = stopping, watchdog
             unread: Taken | None = None
-            if again and self.step:
-                with self.journal.pace.stopped():
-                    yield self.step
-                watchdog.fed()
+            if long_after is not None and self.step:
+                yield from self._given()
                 if self.journal.stop_code:
                     raise PreemptedError(f"{REASONS[self.journal.stop_code - 1]} after step {self.step}")
             gc.collect()
@@ -200,10 +200,10 @@ class Training:
                     self._read(unread)
                 unread = taken
                 watchdog.fed()
-                with self.journal.pace.stopped():
-                    yield self.step
-                watchdog.fed()  # whatever was done meanwhile
                 due = self.step % self.config.checkpoint.every_steps == 0 or self.step == self.course.steps
+                saved_first = due and long_after is not None and long_after(self.step)
+                if not saved_first:
+                    yield from self._given()
                 if due or self.journal.stop_code or self.journal.spike:
                     self._read(unread)
                     unread = None
@@ -212,14 +212,26 @@ class Training:
                         continue
                     self._save()
                     watchdog.fed()
+                if saved_first:
+                    yield from self._given()
                 if self.journal.stop_code and (self.step < self.course.steps or self.cut_short):
                     self.finish_saving()
                     raise PreemptedError(f"{REASONS[self.journal.stop_code - 1]} after step {self.step}")
             self.finish_saving()
 
+    def _given(self) -> Iterator[int]:
+        """The number of steps made, to whoever has work after this one."""
+        with self.journal.pace.stopped():
+            yield self.step
+        self._watched.fed()
+
+    def unwatched(self) -> AbstractContextManager[None]:
+        """For a part of long work that can't be divided, on every rank: see Watchdog.suspended."""
+        return self._watched.suspended()
+
     def go_on(self) -> bool:
         """For long work between two steps, to ask now and then: False, and it has to end.  A collective."""
-        self._fed()
+        self._watched.fed()
         asked = [code for code in self.engine.gather(self._stopping.code()) if code]
         self.journal.stop_code = self.journal.stop_code or next(iter(asked), 0)
         self.cut_short = bool(self.journal.stop_code)

@@ -188,6 +188,22 @@ def test_an_export_in_half_precision(trained: tuple[str, World], tmp_path: Path,
     assert json.loads((tmp_path / "half" / "training.json").read_text())["checkpoint"] == f"step-{STEPS // 2:09d}"
 
 
+@pytest.mark.parametrize("trained", ["two"], indirect=True)
+def test_an_export_without_its_learned_variance_is_scored_without_what_is_of_it(trained: tuple[str, World]) -> None:
+    _, world = trained
+    words = ("evaluation.bits=true", "evaluation.guidance_scales=[2.0]", "evaluation.likelihood.ode_images=2")
+    assert world.do("evaluate", *words) == [0], world.said()
+    told = "the validation loss, the bound and its bits are left out: they are of the learned variance"
+    assert world.said().count(told) == 1 and "--checkpoint counts them" in world.said()
+    scores = json.loads((world.run_dir / "scores.json").read_text())
+    assert {"guidance_2/frechet_distance", "likelihood/ode_bits_per_dim"} <= scores.keys()
+    of_variance = ("validation_loss/mean", "bits_per_dim", "likelihood/bound_bits_per_dim")
+    assert not scores.keys() & set(of_variance)
+    assert world.do("evaluate", *words, "--checkpoint", "newest") == [0], world.said()
+    assert world.said().count(told) == 1  # by the run before
+    assert set(of_variance) <= json.loads((world.run_dir / "scores.json").read_text()).keys()
+
+
 @pytest.mark.parametrize("trained", ["text"], indirect=True)
 def test_scores_of_a_text_model_stand_in_its_card(trained: tuple[str, World]) -> None:
     _, world = trained

@@ -287,6 +287,8 @@ def test_an_ill_typed_item_of_a_list_names_the_lists_line(path: Path) -> None:
         ("conditioning.class_names=[a, b]", "class_names has 2 entries, num_classes is 3"),
         ("conditioning.class_names=[a, b, a]", "class_names has a name twice"),
         ("evaluation.num_inference_steps=7", "evaluation.num_inference_steps=7 must divide"),
+        ("evaluation.likelihood.num_images=1", "evaluation.likelihood.num_images: 1 came; 2 or more was wanted"),
+        ("evaluation.likelihood.ode_images=1", "evaluation.likelihood.ode_images: 1 came; 2 or more was wanted"),
         ("ema.decays=[]", "decays and sigma_rels are both empty"),
         ("ema.decays=[0.9,0.99,0.9]", "decays names an average twice"),
         ("ema.sigma_rels=[0.1,0.1]", "sigma_rels names an average twice"),
@@ -320,6 +322,13 @@ def test_an_ill_typed_item_of_a_list_names_the_lists_line(path: Path) -> None:
 )
 def test_values_that_do_not_go_together(path: Path, override: str, told: str) -> None:
     assert told in refusal(path, override)
+
+
+@pytest.mark.parametrize("objective", ["edm", "flow"])
+def test_bits_are_of_a_chain_of_timesteps(path: Path, objective: str) -> None:
+    words = (f"diffusion.objective={objective}", "evaluation.bits=true")
+    assert f"evaluation.bits=true came with diffusion.objective={objective}, which" in refusal(path, *words)
+    assert not load_config(path, words[:1]).evaluation.bits
 
 
 def test_features_lie_beside_latents(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from world import World, losses, rows
+from world import FORKSERVER, World, free_port, losses, rows, run_rank
 
 from pipeline.config_evaluation import EvaluationConfig
 from pipeline.score_rows import curves_of, flat_scores, told_apart
@@ -68,11 +68,11 @@ def test_a_training_writes_a_row_for_each_evaluation_and_guidance(scored: World)
 
 def test_its_numbers_are_curves_and_the_newest_are_in_scores_json(scored: World) -> None:
     last = evaluations(scored.run_dir)[-1]
-    of_step = [row for row in rows(scored.run_dir) if row["step"] == 8 and "loss" not in row]
-    assert len(of_step) == 2
-    assert of_step[1]["guidance_2/classifier/kid"] == last["scores"]["classifier/kid"]
-    assert of_step[0]["validation_loss/band-3"] == last["scores"]["validation_loss/band-3"]
-    assert not [name for row in of_step for name in row if name.startswith("validation/") or "num_" in name]
+    (of_step,) = (row for row in rows(scored.run_dir) if row["step"] == 8 and "loss" not in row)
+    assert of_step["guidance_2/classifier/kid"] == last["scores"]["classifier/kid"]
+    assert of_step["validation_loss/band-3"] == last["scores"]["validation_loss/band-3"]
+    assert "guidance_1/classifier/kid" in of_step and "bits_per_dim" in of_step
+    assert not [name for name in of_step if name.startswith("validation/") or "num_" in name]
     flat = json.loads((scored.run_dir / "scores.json").read_text())
     assert flat["checkpoint"] == "step-000000008"
     assert flat["guidance_2/frechet_distance"] == last["scores"]["classifier/fid"]
@@ -154,6 +154,7 @@ def test_stopped_while_it_draws_it_goes_on(world: World, straight: Path, how: st
     started = world.start("train", *LONG, f"run_dir={stopped}")
     drawn = f"evaluation/step-{step:09d}-guidance-1-*/*.npy"
     wait_for(lambda: len(list(stopped.glob(drawn))) >= 2)
+    wait_for((stopped / "checkpoints" / f"step-{step:09d}" / "manifest.json").exists)  # a kill costs no steps
     os.kill(int(started[0].pid or 0), getattr(signal, how))
     started[0].join(60)
     portions = {path: path.stat().st_mtime_ns for path in stopped.glob(drawn)}
@@ -171,6 +172,88 @@ def test_stopped_while_it_draws_it_goes_on(world: World, straight: Path, how: st
     assert losses(straight) == losses(stopped)
     curves = [[row for row in rows(run) if "loss" not in row] for run in (straight, stopped)]
     assert [list(row) for row in curves[0]] == [list(row) for row in curves[1]], "each curve has each point once"
+
+
+def test_a_picture_that_a_kill_left_out_is_drawn_after_all(scored: World, tmp_path: Path) -> None:
+    """Where a step is scored, its checkpoint comes before its picture."""
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    words = (*IN_LOOP, f"run_dir={run}", "evaluation.every_steps=4", "train.steps=12")
+    assert scored.do("train", *words) == [0], scored.said()
+    picture = run / "samples" / "step-000000012.png"
+    drawn, made = picture.read_bytes(), picture.stat().st_mtime_ns
+    assert scored.do("train", *words) == [0], scored.said()
+    assert picture.stat().st_mtime_ns == made
+    picture.unlink()
+    assert scored.do("train", *words) == [0], scored.said()
+    assert picture.read_bytes() == drawn
+
+
+def test_a_step_scored_again_adds_what_is_new_to_its_curves(scored: World, tmp_path: Path) -> None:
+    """For one guidance scale more; and after a kill between the curves' row and that of evaluations.jsonl."""
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    before = rows(run)
+    words = (*IN_LOOP, f"run_dir={run}", "evaluation.guidance_scales=[1.0,2.0,3.0]")
+    assert scored.do("train", *words) == [0], scored.said()
+    assert rows(run)[:-1] == before
+    assert all(name == "step" or name.startswith("guidance_3/") for name in rows(run)[-1])
+    again = rows(run)
+    (run / "evaluations.jsonl").unlink()
+    assert scored.do("train", *words) == [0], scored.said()
+    assert rows(run) == again and len(evaluations(run)) == 3
+
+
+def test_a_training_does_not_take_back_what_evaluate_keeps(scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    words = (*IN_LOOP, f"run_dir={run}", "evaluation.guidance_scales=[1.0,2.0]")
+    assert scored.do("evaluate", *words, "--checkpoint", "newest") == [0], scored.said()
+    (run / "evaluations.jsonl").unlink()  # so that the training takes the same images up again
+    assert scored.do("train", *words[:-1], "evaluation.guidance_scales=[1.0,2.0,3.0]") == [0], scored.said()
+    assert scored.do("train", *words, "train.steps=12") == [0], scored.said()
+    left = sorted(path.name.rpartition("-")[0] for path in (run / "evaluation").glob("step-*"))
+    assert left == [f"step-{step:09d}-guidance-{scale}" for step in (8, 12) for scale in (1, 2)]
+
+
+HANG_S, SCORES_S = 4.0, 6.0  # seconds
+
+
+def slow_rank(rank: int, words: list[str], ranks: int, port: int, log: str) -> None:
+    """A rank of a training to which a network's scores of drawn images take longer than a step may."""
+    from pipeline.yardstick import Yardstick
+
+    count = Yardstick.scores
+
+    def slowly(self: Yardstick, features: Any, *rest: Any, **named: Any) -> Any:
+        if len(features) == 64:
+            time.sleep(SCORES_S)
+        return count(self, features, *rest, **named)
+
+    Yardstick.scores = slowly
+    run_rank(rank, "train", words, ranks, port, log)
+
+
+def test_long_scores_are_no_hang_and_a_signal_is_heeded_between_two(world: World) -> None:
+    """Of two guidance scales, one after the other, each longer than the watchdog's patience, on two ranks."""
+    words = (*LONG, f"run_dir={world.root / 'slow'}", "evaluation.scores_every_steps=8")
+    words += ("evaluation.num_inference_steps=2", f"train.hang_timeout_s={HANG_S}")
+    slow, port, log = world.root / "slow", free_port(), str(world.root / "log.txt")
+    started = [
+        FORKSERVER.Process(target=slow_rank, args=(rank, [str(world.config), *words], 2, port, log)) for rank in (0, 1)
+    ]
+    for process in started:
+        process.start()
+    wait_for(lambda: len(list(slow.glob("evaluation/*/*.npy"))) == 16)
+    time.sleep(2)  # it counts the first one's
+    os.kill(int(started[1].pid or 0), signal.SIGUSR1)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [1, 1], world.said()
+    assert world.status(slow) == {"state": "preempted", "step": 8, "reason": "SIGUSR1 after step 8"}
+    assert not (slow / "evaluations.jsonl").exists() and not list(slow.glob("stacks-*.txt"))
+    assert world.do("train", *words) == [0], world.said()
+    assert len(evaluations(slow)) == 2
 
 
 def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World, tmp_path: Path) -> None:
@@ -357,6 +440,39 @@ def test_features_of_another_preprocessing_are_refused(world: World) -> None:
     assert "can't be read" in world.said() and "Traceback" not in world.said()
     path.unlink()
     assert world.do("train", *words, "train.steps=9") == [0], world.said()
+
+
+def test_what_lies_there_broken_is_one_line_that_names_it(scored: World, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    shutil.copytree(scored.run_dir, run)
+    words = (f"run_dir={run}", *IN_LOOP)
+
+    def refused(verb: str, *more: str, ranks: int = 1, code: int = 2) -> str:
+        log.unlink(missing_ok=True)
+        assert scored.do(verb, *words, *more, ranks=ranks, log=log) == [code] * ranks, log.read_text()
+        (line,) = (line for line in log.read_text().splitlines() if "error: " in line)  # behind a bar, it may be
+        assert "Traceback" not in log.read_text()
+        return line
+
+    assert "--resamples: it is of the bootstrap of --compare" in refused("evaluate", "--resamples", "9")
+    kept = next((run / "evaluation").glob("step-*/*.npy"))
+    whole = kept.read_bytes()
+    for torn in (b"", whole[:-1], whole[:20]):
+        kept.write_bytes(torn)
+        told = refused("evaluate", "--checkpoint", "newest", code=1)
+        assert f"{kept}: drawn images were wanted" in told and "remove it, and they are drawn again" in told
+    kept.write_bytes(whole)
+    assert scored.do("export", f"run_dir={run}") == [0], scored.said()
+    (run / "export" / "training.json").unlink()
+    for verb in ("evaluate", "sweep"):
+        assert f"{run / 'export' / 'training.json'}: the checkpoint and average of the export" in refused(verb)
+    for name in ("evaluations.jsonl", "metrics.jsonl"):
+        path = run / name
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([lines[0], "{torn\n", *lines[1:]]))
+        told = refused("train", "train.steps=9", ranks=2)
+        assert f"{path}: line 2: a JSON object with a step was wanted; mend it, or remove it" in told
+        path.write_text("".join(lines))
 
 
 def test_images_that_are_not_finite_are_refused(scored: World, tmp_path: Path) -> None:

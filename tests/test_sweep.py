@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_every_combination_is_scored_once_as_evaluate_scores_it(exported: World)
     assert exported.do("sweep", *words) == [0], exported.said()
     assert kept(exported) == before  # nothing was drawn anew
     assert swept(exported) == found
+
+
+def test_two_ranks_sweep_what_one_sweeps(exported: World) -> None:
+    words = ("--steps", "2", "--guidance", "1", "2")
+    assert exported.do("sweep", *words) == [0], exported.said()
+    alone = swept(exported)
+    shutil.rmtree(exported.run_dir / "evaluation")
+    assert exported.do("sweep", *words, ranks=2) == [0, 0], exported.said()
+    assert swept(exported) == alone
+    (exported.root / "log.txt").unlink()
+    assert exported.do("sweep", "evaluation.features=[]", *words, ranks=2) == [2, 2]
+    assert exported.said().count("error: evaluation.features: no network is there to score with") == 1
 
 
 def test_averages_and_schedulers_are_settings_too(exported: World) -> None:
