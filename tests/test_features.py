@@ -128,6 +128,48 @@ def test_clip_projects_images_and_captions(tmp_path: Path) -> None:
         np.testing.assert_allclose(unit, wanted.numpy(), atol=2e-5)
 
 
+def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and those inside it."""
+    return [config, *(config[name] for name in ("text_config", "vision_config") if name in config)]
+
+
+@pytest.mark.parametrize(("network", "make"), [("transformers", dinov2), ("clip", clip)])
+@pytest.mark.parametrize("values", [{"num_attention_heads": 4}, {"hidden_act": "relu"}])
+def test_what_changes_features_changes_the_description(
+    tmp_path: Path, network: str, make: Any, values: dict[str, Any]
+) -> None:
+    """The weights stay the same here; their shapes don't tell how many heads read them."""
+    folder = make(tmp_path / "network")
+    first = opened(network, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for part in parts_of(config):
+        part |= {"_name_or_path": "elsewhere", "transformers_version": "4.0.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert opened(network, folder).description == first.description
+    for part in parts_of(config):
+        part |= {key: value for key, value in values.items() if key in part}
+    (folder / "config.json").write_text(json.dumps(config))
+    other = opened(network, folder)
+    assert np.abs(other.see(IMAGES).features - first.see(IMAGES).features).max() > 1e-4
+    assert other.description != first.description
+    if network == "transformers":
+        assert other.describe_patches(28) != first.describe_patches(28)
+
+
+def test_other_words_are_another_description(tmp_path: Path) -> None:
+    """What captions' features depend on: the same network reads two words exchanged."""
+    folder = clip(tmp_path / "clip")
+    first = opened("clip", folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = told["model"]["vocab"]
+    cat, dog = (first.words.convert_ids_to_tokens(first.words(word).input_ids[1]) for word in ("cat", "dog"))
+    vocabulary[cat], vocabulary[dog] = vocabulary[dog], vocabulary[cat]
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    other = opened("clip", folder)
+    assert not np.array_equal(first.read(["cat"]), other.read(["cat"]))
+    assert other.description != first.description
+
+
 def test_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     network = opened("transformers", dinov2(tmp_path / "dinov2"))
     one, many = (see_all(network, IMAGES, size, "")["features"] for size in (1, 5))
