@@ -31,7 +31,7 @@ def small_config(root: Path) -> dict[str, Any]:
         "seed": 3,
         "data": {
             "train_images": str(root / "digits" / "validation"),
-            "validation_images": str(root / "digits" / "validation"),
+            "validation_images": str(root / "digits" / "train"),  # four times as many, and others
             "train_latents": str(root / "latents"),
             "image_size": 16,
             "lanes": 12,
