@@ -13,8 +13,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+GUIDANCE = "guidance_1"
+CURVE = f"{GUIDANCE}/classifier/fid"  # of metrics.jsonl
 
 
 def figure(name: str, value: float, bound: str | None, unit: str) -> None:
@@ -23,7 +26,7 @@ def figure(name: str, value: float, bound: str | None, unit: str) -> None:
     if bound is not None:
         relation, limit = bound.split()
         holds = value <= float(limit) if relation == "<=" else value >= float(limit)
-    line = {"figure": name, "value": round(value, 4), "bound": bound, "holds": holds, "unit": unit}
+    line = {"figure": name, "value": round(value, 4) or value, "bound": bound, "holds": holds, "unit": unit}
     print(json.dumps(line), flush=True)
 
 
@@ -37,9 +40,36 @@ def minutes(clone: Path, target: str) -> float:
     return (time.monotonic() - began) / 60
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def in_loop(run: Path) -> None:
+    """How a score moved while the training went on, and whether `evaluate` finds the export's as it ended.
+
+    evaluate writes its rows of evaluations.jsonl in the place of the training's; the training's curves stay.
+    """
+    curves = [row for row in rows_of(run / "metrics.jsonl") if CURVE in row]
+    first, last = curves[0], curves[-1]
+    name = f"{CURVE} in the training, step {last['step']:,} over step {first['step']:,}"
+    figure(name, last[CURVE] / first[CURVE], "<= 1", "ratio")
+    export = next(row for row in rows_of(run / "evaluations.jsonl")[::-1] if row["guidance_scale"] == 1)
+    if export["step"] != last["step"]:
+        raise SystemExit(f"{run}: the export is of step {export['step']}, the last curve's of step {last['step']}")
+    both = [(last[key], value) for word, value in export["scores"].items() if (key := f"{GUIDANCE}/{word}") in last]
+    figure(
+        f"{len(both)} last scores of the training less those of evaluate on the export: largest difference",
+        max(abs(a - b) for a, b in both),
+        "<= 1e-6",
+        "",
+    )
+
+
 def demo(clone: Path) -> None:
     """Time make demo and read what it scored."""
     figure("make demo", minutes(clone, "demo"), "<= 8", "minutes")
+    in_loop(clone / "runs" / "digits_class")
     scores = json.loads((clone / "runs" / "digits_class" / "scores.json").read_text())
     figure("VAE reconstruction of held-out digits", scores["vae/psnr_db"], ">= 32", "dB PSNR")
     for scale, bound in (("1", ">= 0.95"), ("2", ">= 0.97")):

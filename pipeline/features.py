@@ -15,14 +15,17 @@ from scipy.special import softmax
 from torch import Tensor
 from torch.nn import Module
 
+from pipeline import files
 from pipeline.config_evaluation import FeaturesConfig
 from pipeline.metrics.classifier import ImageClassifier
+from pipeline.text import Tokenizers
 from vae.model import state_sha256
 from vae.pretrained import HUB_ID, open_transformers
 
 HUB_FILES = ("*.json", "*.txt", "model*.safetensors")  # of a hub id: no pickles, and no code
 INCEPTION_OUTPUTS = ["2048", "logits_unbiased"]  # FID's features; Inception Score's logits, without their bias
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # FID's weights, as torch-fidelity published them
+NOT_OF_THE_NETWORK = ("transformers_version", "architectures", "dtype", "torch_dtype")  # of config.json's keys
 
 Images = NDArray[np.uint8]  # [N,H,W,3]
 
@@ -147,6 +150,7 @@ class Backbone:
         self.description = {
             "network": "transformers",
             "weights_sha256": state_sha256(read),
+            "config_sha256": _config_sha256(folder),
             "pools": self.pools,
             "preprocessing": _told(self.processor),
         }
@@ -188,7 +192,7 @@ class Backbone:
     def describe_patches(self, image_size: int) -> dict[str, Any]:
         """JSON of all that features of patches depend on, beside the images of this size: `side`² of `width` each."""
         _, count, width = self.patches(np.zeros((1, image_size, image_size, 3), dtype=np.uint8)).shape
-        kept = {name: self.description[name] for name in ("weights_sha256", "preprocessing")}
+        kept = {name: self.description[name] for name in ("weights_sha256", "config_sha256", "preprocessing")}
         return json.loads(json.dumps({**kept, "side": math.isqrt(count), "width": width}))
 
     @torch.no_grad()
@@ -219,6 +223,8 @@ class Clip:
         self.description = {
             "network": "clip",
             "weights_sha256": state_sha256(network.state_dict()),
+            "config_sha256": _config_sha256(folder),
+            "words_sha256": Tokenizers((self.words,)).sha256(),
             "preprocessing": _told(self.processor),
         }
 
@@ -264,6 +270,17 @@ def _folder(settings: FeaturesConfig) -> Path:
 def _refuse_missing(missing: Sequence[str], folder: Path) -> None:
     if missing:
         raise ValueError(f"the weights in {folder} lack {len(missing)} of the model's tensors, first {missing[0]}")
+
+
+def _config_sha256(folder: Path) -> str:
+    """Of what config.json says of the network: heads, activations and the like show in no weight's shape."""
+    return files.fingerprint(_of_network(files.read_json(folder / "config.json")))
+
+
+def _of_network(said: dict[str, Any]) -> dict[str, Any]:
+    """Without paths, versions, and the type of its weights, which are opened in fp32."""
+    kept = {key: value for key, value in said.items() if not key.startswith("_") and key not in NOT_OF_THE_NETWORK}
+    return {key: _of_network(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _processor(settings: FeaturesConfig, folder: Path) -> Any:

@@ -25,7 +25,7 @@ from pipeline.data.dataset import Shown, read_told
 from pipeline.data.index import ShardSet
 from pipeline.errors import UsageError, blame
 from pipeline.features import Clip, FeatureNetwork, Images
-from pipeline.real_images import read_sets
+from pipeline.real_images import num_images_of, read_sets
 
 FORMAT = 1  # of the files, and of how images are decoded and cut
 Arrays = dict[str, NDArray[Any]]
@@ -47,7 +47,7 @@ class RealSet:
         return {
             "format": FORMAT,
             "data": [shards.fingerprint for shards in sets],
-            "max_images": self.config.evaluation.max_reference_images,
+            "num_images": num_images_of([len(shards) for shards in sets], self.config),
             "image_size": self.config.data.image_size,
         }
 

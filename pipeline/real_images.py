@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,37 @@ from pipeline.encoder import read_ahead
 from pipeline.errors import blame
 
 
+def num_images_of(sizes: Sequence[int], config: Config) -> list[int]:
+    """How many images of each set are compared with: max_reference_images, in the shares that the sets are mixed by.
+
+    Where a set has fewer than its share, fewer are taken of the others, too: shares hold to within one image, but that
+    each set gives one at least.
+    """
+    weights = [Fraction(str(weight)) for weight in (config.data.weights or (1,))] if len(sizes) > 1 else [Fraction(1)]
+    shares = [weight / sum(weights) for weight in weights]
+    limits = (size / share for size, share in zip(sizes, shares, strict=True))
+    total = int(min(config.evaluation.max_reference_images, *limits))
+    counts = [int(total * share) for share in shares]
+    rests = [total * share - count for share, count in zip(shares, counts, strict=True)]
+    for a_set in sorted(range(len(rests)), key=lambda a_set: -rests[a_set])[: total - sum(counts)]:
+        counts[a_set] += 1
+    return [max(1, count) for count in counts]
+
+
 def read_sets(key: str, folders: Sequence[str], config: Config) -> Shown:
-    """The samples of sets, as many of each at most; those that can't be read are told and left out."""
+    """As many samples of each set as `num_images_of` says; those that can't be read are told and left out."""
     sets: list[Shown] = []
-    limit = max(1, config.evaluation.max_reference_images // len(folders))
-    for folder in folders:
+    with blame(key):
+        sizes = [len(ShardSet(folder, open_shards=1, remote=config.data.remote)) for folder in folders]
+    counts = num_images_of(sizes, config)
+    if len(sizes) > 1 and sum(counts) < min(config.evaluation.max_reference_images, sum(sizes)):
+        program.say(
+            f"{key}: {sum(counts):,} of {sum(sizes):,} images are compared with, {' + '.join(map(str, counts))} by "
+            f"data.weights: the sets have {' + '.join(map(str, sizes))}"
+        )
+    for folder, count in zip(folders, counts, strict=True):
         with blame(key):
-            found = read_images(folder, size=config.data.image_size, limit=limit, remote=config.data.remote)
+            found = read_images(folder, size=config.data.image_size, limit=count, remote=config.data.remote)
         sets.append(found)
         tell_bad(key, found.bad, len(found.bad) + len(found.pixels))
     labels = [each.labels for each in sets if each.labels is not None]

@@ -8,14 +8,23 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from safetensors.numpy import load_file, save_file
+from test_report import Page
 from world import FORKSERVER, World, free_port, losses, rows, run_rank
 
 from pipeline.config_evaluation import EvaluationConfig
+from pipeline.config_file import load_config
+from pipeline.data.dataset import read_images
+from pipeline.metrics.classifier import ImageClassifier
+from pipeline.metrics.distances import frechet_distance
+from pipeline.reporting import words
+from pipeline.reporting.charts import bookkeeping
 from pipeline.score_rows import curves_of, flat_scores, told_apart
 
 IN_LOOP = ("evaluation.scores_every_steps=4", "evaluation.bits=true")
@@ -80,18 +89,92 @@ def test_its_numbers_are_curves_and_the_newest_are_in_scores_json(scored: World)
     assert flat["validation/coverage"] == last["scores"]["validation/classifier/coverage"]
 
 
-def test_the_last_numbers_are_those_of_the_export_drawn_anew(scored: World, tmp_path: Path) -> None:
-    before = evaluations(scored.run_dir)
-    run = tmp_path / "run"
+class Real(NamedTuple):
+    """The real images, and the classifier that is fitted on the training's."""
+
+    train: np.ndarray  # uint8 [N,H,W,3]
+    held_out: np.ndarray
+    classifier: ImageClassifier
+
+    def seen(self, images: np.ndarray) -> np.ndarray:
+        """Its features of images, in calls of 8, as the program makes them."""
+        return np.concatenate([self.classifier.features(images[i : i + 8]) for i in range(0, len(images), 8)])
+
+
+@pytest.fixture(scope="module")
+def real(scored: World) -> Real:
+    config = load_config(scored.config)
+    folders = (config.data.train_images[0], str(config.data.validation_images))
+    train, held_out = (read_images(folder, size=16, limit=360) for folder in folders)
+    assert train.labels is not None
+    return Real(train.pixels, held_out.pixels, ImageClassifier(3).fit(train.pixels, train.labels))
+
+
+@pytest.fixture(scope="module")
+def exported(scored: World) -> Path:
+    """The same run without its evaluations, exported; `evaluate` drew all anew."""
+    run = scored.root / "exported"
     shutil.copytree(scored.run_dir, run)
     shutil.rmtree(run / "evaluation")
     (run / "evaluations.jsonl").unlink()
     assert scored.do("export", f"run_dir={run}") == [0], scored.said()
     assert scored.do("evaluate", f"run_dir={run}", "evaluation.bits=true") == [0], scored.said()
-    close(before[2:], evaluations(run))
-    scores = json.loads((run / "scores.json").read_text())
+    return run
+
+
+def test_the_last_numbers_are_those_of_the_export_drawn_anew(scored: World, exported: Path) -> None:
+    before = evaluations(scored.run_dir)
+    close(before[2:], evaluations(exported))
+    scores = json.loads((exported / "scores.json").read_text())
     assert scores["likelihood/bound_bits_per_dim"] == pytest.approx(before[-1]["scores"]["bits_per_dim"], rel=1e-6)
-    assert scores["vae/classifier/fid"] > 0 and (run / "evaluation" / "nearest-guidance_2.png").stat().st_size > 500
+    assert (exported / "evaluation" / "nearest-guidance_2.png").stat().st_size > 500
+
+
+def test_images_are_held_against_those_of_the_training(exported: Path, real: Real) -> None:
+    """And the training's against held-out ones: the numbers, counted here from the pictures."""
+    scores = json.loads((exported / "scores.json").read_text())
+    (folder,) = exported.glob("evaluation/step-*-guidance-2-*")
+    drawn = np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))])
+    for name, images in (("guidance_2", drawn), ("validation", real.held_out)):
+        fid = frechet_distance(real.seen(real.train), real.seen(images))
+        assert scores[f"{name}/frechet_distance"] == pytest.approx(fid, rel=1e-6), name
+    assert scores["validation/near_copy_share"] < 0.1, "the held-out images are the training's own"
+
+
+def test_the_autoencoder_s_distance_is_of_held_out_images_and_what_it_makes_of_them(exported: Path, real: Real) -> None:
+    scores = json.loads((exported / "scores.json").read_text())
+    vae = AutoencoderKL.from_pretrained(exported / "export" / "vae")
+    found: list[np.ndarray] = []
+    with torch.no_grad():
+        for x in torch.from_numpy(real.held_out).permute(0, 3, 1, 2).split(8):
+            z = vae.encode(x / 127.5 - 1).latent_dist.mode()
+            found.append(((vae.decode(z).sample + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy())
+    given_back = np.concatenate(found).astype(np.uint8)
+    fid = frechet_distance(real.seen(real.held_out), real.seen(given_back))
+    assert scores["vae/classifier/fid"] == pytest.approx(fid, rel=1e-4)
+    assert scores["vae/num_images"] == len(given_back) == 360
+
+
+def test_the_report_s_last_numbers_are_those_of_evaluate_on_the_export(exported: Path) -> None:
+    page = Page((exported / "report.html").read_text(encoding="utf-8"))
+    charts = page.charts("evaluation")
+    compared = 0
+    for row in evaluations(exported):
+        for name, value in row["scores"].items():
+            if name.startswith(("validation", "bits_per_dim")) or bookkeeping(name):
+                continue
+            chart = charts[words.score_of(name).title]
+            (line,) = (each for each in chart["series"] if each["label"] == f"guidance {row['guidance_scale']:g}")
+            assert chart["x"][-1] == 8 and line["y"][-1] == pytest.approx(value, rel=1e-5), name
+            compared += 1
+            real_ones = row["scores"].get(f"validation/{name}")
+            assert real_ones is None or chart["level"][0] == pytest.approx(real_ones, rel=1e-5), name
+    assert compared == 2 * 9
+    scores = json.loads((exported / "scores.json").read_text())
+    for name in ("frechet_distance", "class_accuracy", "coverage"):
+        for column in ("guidance_1", "guidance_2", "validation"):
+            written = words.score_of(name).write(scores[f"{column}/{name}"])
+            assert " ".join(written.split()) in page.words, f"{column}/{name}"
 
 
 def test_the_export_draws_nothing_that_the_training_drew(scored: World, tmp_path: Path) -> None:
@@ -216,7 +299,7 @@ def test_a_training_does_not_take_back_what_evaluate_keeps(scored: World, tmp_pa
     assert left == [f"step-{step:09d}-guidance-{scale}" for step in (8, 12) for scale in (1, 2)]
 
 
-HANG_S, SCORES_S = 4.0, 6.0  # seconds
+HANG_S, SCORES_S = 10.0, 12.0  # seconds; ranks that start beside other tests take some
 
 
 def slow_rank(rank: int, words: list[str], ranks: int, port: int, log: str) -> None:
@@ -379,7 +462,7 @@ def test_a_text_run_is_scored_by_a_backbone_and_by_clip(made: World, tmp_path: P
     assert row["references"].keys() == {"dinov2", "clip"} and "accuracy" not in row["scores"]
     assert {"dinov2/fid", "clip/kid", "validation/clip/fid"} <= row["scores"].keys()
     assert 0 <= row["scores"]["clip_score"] <= 100 and 0 <= row["scores"]["validation/clip_score"] <= 100
-    assert len(list((tmp_path / "cache").iterdir())) == 2, "two networks; the training images are the held-out ones"
+    assert len(list((tmp_path / "cache").iterdir())) == 4, "two networks; the training images and the held-out ones"
     assert world.do("export", *words) == [0], world.said()
     assert world.do("evaluate", *words) == [0], world.said()
     close([row], evaluations(world.run_dir))

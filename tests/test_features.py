@@ -128,6 +128,104 @@ def test_clip_projects_images_and_captions(tmp_path: Path) -> None:
         np.testing.assert_allclose(unit, wanted.numpy(), atol=2e-5)
 
 
+def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and those inside it."""
+    return [config, *(config[name] for name in ("text_config", "vision_config") if name in config)]
+
+
+@pytest.mark.parametrize(("network", "make"), [("transformers", dinov2), ("clip", clip)])
+@pytest.mark.parametrize("values", [{"num_attention_heads": 4}, {"hidden_act": "relu"}])
+def test_what_changes_features_changes_the_description(
+    tmp_path: Path, network: str, make: Any, values: dict[str, Any]
+) -> None:
+    """The weights stay the same here; their shapes don't tell how many heads read them."""
+    folder = make(tmp_path / "network")
+    first = opened(network, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for part in parts_of(config):
+        part |= {"_name_or_path": "elsewhere", "transformers_version": "4.0.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert opened(network, folder).description == first.description
+    for part in parts_of(config):
+        part |= {key: value for key, value in values.items() if key in part}
+    (folder / "config.json").write_text(json.dumps(config))
+    other = opened(network, folder)
+    assert np.abs(other.see(IMAGES).features - first.see(IMAGES).features).max() > 1e-4
+    assert other.description != first.description
+    if network == "transformers":
+        assert other.describe_patches(28) != first.describe_patches(28)
+
+
+def test_other_words_are_another_description(tmp_path: Path) -> None:
+    """What captions' features depend on: the same network reads two words exchanged."""
+    folder = clip(tmp_path / "clip")
+    first = opened("clip", folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = told["model"]["vocab"]
+    cat, dog = (first.words.convert_ids_to_tokens(first.words(word).input_ids[1]) for word in ("cat", "dog"))
+    vocabulary[cat], vocabulary[dog] = vocabulary[dog], vocabulary[cat]
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    other = opened("clip", folder)
+    assert not np.array_equal(first.read(["cat"]), other.read(["cat"]))
+    assert other.description != first.description
+
+
+def write_inception(path: Path, seed: int) -> dict[str, torch.Tensor]:
+    """A file of random weights as FID's network holds them, 95 MB; skips where torch-fidelity can't be imported."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
+            FeatureExtractorInceptionV3,
+        )
+    except Exception as error:  # a torchvision of another torch raises what it likes
+        pytest.skip(f"torch-fidelity, the extra `fidelity`, can't be imported: {error}")
+
+    class Drawn(FeatureExtractorInceptionV3):  # pyright: ignore[reportUntypedBaseClass]
+        def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+            """Keep what was drawn."""
+
+    torch.save({}, path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn: Any = Drawn("drawn", ["2048"], feature_extractor_weights_path=str(path))
+    state: dict[str, torch.Tensor] = drawn.state_dict()
+    # As He et al. 2015 draw them, six times PyTorch's variance: else nothing is left of an image after 20 layers.
+    weights = {name: value * 6**0.5 if value.ndim == 4 else value for name, value in state.items()}
+    torch.save(weights, path)
+    return weights
+
+
+def test_inception_gives_pooled_features_and_probabilities_by_logits_without_bias(tmp_path: Path) -> None:
+    path = tmp_path / "inception.pth"
+    weights = write_inception(path, seed=0)
+    network = opened("inception", path)
+    found = network.see(IMAGES)
+    assert found.features.shape == (5, 2048) and found.features.dtype == np.float32
+    assert found.features.std(axis=0).max() > 1e-3, "all images look alike"
+    logits = found.features.astype(np.float64) @ weights["fc.weight"].numpy().T.astype(np.float64)
+    likely = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(found.probabilities, likely / likely.sum(axis=1, keepdims=True), atol=1e-7)
+    np.testing.assert_allclose(network.see(IMAGES[:1]).features, found.features[:1], rtol=1e-3, atol=1e-5)
+    of_red, *_ = network.network(torch.from_numpy(IMAGES * np.uint8([1, 0, 0])).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(network.see(IMAGES * np.uint8([1, 0, 0])).features, of_red, rtol=1e-3, atol=1e-5)
+    torch.save({**weights, "fc.weight": 2 * weights["fc.weight"]}, path)
+    other = opened("inception", path)
+    assert other.description != network.description
+    assert np.abs(other.see(IMAGES[:1]).probabilities - found.probabilities[:1]).max() > 1e-5
+
+
+def test_what_is_no_inception_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "inception.pth"
+    weights = write_inception(path, seed=0)
+    with pytest.raises(OSError, match="is no file; weights-inception"):
+        opened("inception", tmp_path / "nothing.pth")
+    torch.save({name: value for name, value in weights.items() if name != "fc.bias"}, path)
+    with pytest.raises(ValueError, match="inception's weights can't be had"):
+        opened("inception", path)
+    torch.save(Path("a pickle of more than weights"), path)
+    with pytest.raises(ValueError, match="holds no weights alone"):
+        opened("inception", path)
+
+
 def test_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     network = opened("transformers", dinov2(tmp_path / "dinov2"))
     one, many = (see_all(network, IMAGES, size, "")["features"] for size in (1, 5))

@@ -31,7 +31,7 @@ def small_config(root: Path) -> dict[str, Any]:
         "seed": 3,
         "data": {
             "train_images": str(root / "digits" / "validation"),
-            "validation_images": str(root / "digits" / "validation"),
+            "validation_images": str(root / "digits" / "train"),  # other ones
             "train_latents": str(root / "latents"),
             "image_size": 16,
             "lanes": 12,
@@ -55,6 +55,7 @@ def small_config(root: Path) -> dict[str, Any]:
             "num_images": 20,
             "num_inference_steps": 2,
             "batch_images": 8,
+            "max_reference_images": 360,  # of the 1,437 held out, too
             "cache_dir": str(root / "cache"),
             "loss_images": 20,
             "likelihood": {"num_images": 8, "num_timesteps": 5, "ode_images": 0},

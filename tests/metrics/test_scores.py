@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pipeline.metrics.classifier import ImageClassifier
 from pipeline.metrics.distances import frechet_distance, kernel_distance
 from pipeline.metrics.manifold import manifold
 from pipeline.metrics.neighbours import near_copy_share
@@ -48,21 +49,49 @@ def test_without_enough_images_there_is_no_equal_n(score, digits):
     assert set(score(digits.held_out[:50])) == set(score(digits.held_out, None)) == NAMES
 
 
+def noisy(images, std, rng):
+    return np.clip(images + std * rng.normal(0, 1, images.shape), 0, 255).astype(np.uint8)
+
+
 def test_sets_are_ordered_as_they_must_be(score, digits):
-    """At one N, against the training set: held-out images, the same without classes, the same with noise."""
-    real, labels = digits.held_out, digits.held_out_labels
-    noise = np.random.default_rng(0).normal(0, 1, real.shape)
-    whole = score(real)
-    noisy = [score(np.clip(real + std * noise, 0, 255).astype(np.uint8)) for std in (30, 60)]
-    removed = [score(np.resize(real[~np.isin(labels, range(count))], real.shape)) for count in range(1, 8)]
+    """320 distinct images each, against the training set: held out, without one of the classes, with noise."""
+    rng = np.random.default_rng(0)
+
+    def some(rows):
+        return digits.held_out[rng.choice(rows, 320, replace=False)]
+
+    images = some(len(digits.held_out))
+    whole, noise = score(images, None), [score(noisy(images, std, rng), None) for std in (30, 60)]
+    removed = [score(some(np.flatnonzero(digits.held_out_labels != each)), None) for each in range(10)]
     for name in ("fid", "kid"):
-        assert whole[name] < removed[0][name] < removed[3][name]
-        assert whole[name] < noisy[0][name] < noisy[1][name]
+        assert whole[name] < min(each[name] for each in removed)
+        assert max(each[name] for each in removed) < noise[1][name]
+        assert whole[name] < noise[0][name] < noise[1][name]
     assert whole["kid"] < removed[0]["kid"] - 2 * removed[0]["kid_standard_error"]
-    coverage = [whole["coverage"], *(each["coverage"] for each in removed)]
-    assert all(more > fewer for more, fewer in pairwise(coverage))
-    assert noisy[0]["precision"] > noisy[1]["precision"] and whole["precision"] > noisy[1]["precision"]
-    assert removed[0]["precision"] == pytest.approx(whole["precision"], abs=0.05)
+    assert noise[0]["precision"] > noise[1]["precision"] and whole["precision"] > noise[1]["precision"]
+    for each in removed:
+        assert each["precision"] == pytest.approx(whole["precision"], abs=0.05)
+
+
+def test_coverage_falls_with_each_class_removed(digits):
+    """By the share of the class, where it stays for as many images drawn of all: 360 distinct ones each time."""
+    real, real_labels = digits.train[:360], digits.train_labels[:360]
+    rest = np.concatenate([digits.train[360:], digits.held_out])
+    labels = np.concatenate([digits.train_labels[360:], digits.held_out_labels])
+    classifier, rng = ImageClassifier().fit(real, real_labels), np.random.default_rng(0)
+    of_real, of_rest = classifier.features(real), classifier.features(rest)
+
+    def score(rows):
+        return feature_scores(of_real, of_rest[rng.choice(rows, 360, replace=False)], None)
+
+    of_all = [score(len(rest)) for _ in range(8)]
+    left = [score(np.flatnonzero(~np.isin(labels, range(count)))) for count in range(8)]
+    assert min(each["coverage"] for each in of_all) > 0.93
+    for count, (more, fewer) in enumerate(pairwise(left)):
+        share = np.mean(real_labels == count)
+        assert 0.5 * share < more["coverage"] - fewer["coverage"] < 1.5 * share
+    for name in ("fid", "kid"):
+        assert max(each[name] for each in of_all) < left[3][name] < left[4][name] < left[7][name]
 
 
 def test_copies_of_training_images_are_found_where_every_other_score_likes_them(score, digits):
