@@ -4,7 +4,8 @@ The images drawn are kept in RUN/evaluation, so an interrupted evaluation goes o
 guidance scale in RUN/evaluations.jsonl, all of the newest in RUN/scores.json, pictures in RUN/evaluation.
 
 --compare A B draws nothing that is there: paired differences of two models' images, with intervals.  A and B are export
-folders, folders of kept images (RUN/evaluation/step-...), or run folders, of which the newest kept images are taken.
+folders, folders of kept images (RUN/evaluation/step-...), or run folders, of whose newest evaluation as CONFIG says the
+images are taken.
 """
 
 from __future__ import annotations

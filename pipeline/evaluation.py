@@ -216,6 +216,7 @@ class Evaluation:
             "num_images": len(kept.asked),
             "references": self.references(),
             "held_out": self._held_out_fingerprint(),
+            "kept_images": kept.folder.name,
             "scores": self.image_scores(kept) | self.floors | shared,
         }
         return told_apart(read_evaluations(Path(self.config.run_dir)), row, self.settings)

@@ -212,6 +212,7 @@ def test_two_models_are_compared_in_pairs(scored: World, tmp_path: Path) -> None
         assert each["difference"] == each["a"] - each["b"] and each["low"] <= each["high"]
     assert found["differences"].keys() == {
         *(f"classifier/{name}" for name in ("fid", "kid", "precision", "density", "near_copy_share")), "accuracy",
+        "classifier/inception_score",
     }  # fmt: skip
     assert scored.do("export", f"run_dir={run}") == [0]
     assert "50 resamples of 20 pairs" in compare(run / "export", late)
@@ -228,6 +229,66 @@ def test_two_models_are_compared_in_pairs(scored: World, tmp_path: Path) -> None
     next(early.glob("*.npy")).unlink()
     assert "1 of its portions are not drawn yet" in compare(early, late, code=2)
     assert "Traceback" not in log.read_text()
+
+
+def test_a_run_is_compared_by_its_own_newest_images(scored: World, tmp_path: Path) -> None:
+    """Not by those that sweeps drew, nor by those that a comparison drew for another's export."""
+    run, other, log = tmp_path / "run", tmp_path / "other" / "export", tmp_path / "log.txt"
+    shutil.copytree(scored.run_dir, run)
+    words = (f"run_dir={run}", "evaluation.bits=true")
+    at_2 = (*words, "evaluation.guidance_scales=[2.0]")
+    assert scored.do("export", *words) == [0]
+    assert scored.do("export", *words, "--step", "4", "--out", str(other)) == [0]
+    passport = json.loads((other / "training.json").read_text())
+    (other / "training.json").write_text(json.dumps(passport | {"checkpoint": "step-000000099"}))
+    swept = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+    assert scored.do("sweep", *at_2, "--steps", "2", "4", "--interval", "0,0.5", "0,1", "--scheduler", *swept) == [0]
+
+    def compare(*folders: Path) -> dict[str, Any]:
+        assert scored.do("evaluate", *at_2, "--compare", *map(str, folders), "--resamples", "20", log=log) == [0]
+        (found,) = json.loads((run / "evaluation" / "comparison.json").read_text())
+        return found
+
+    apart = compare(run / "export", other)
+    own = next(row["kept_images"] for row in evaluations(run) if (row["step"], row["guidance_scale"]) == (8, 2.0))
+    assert apart["a"] == str(run / "evaluation" / own) and apart["models"][0] != apart["models"][1]
+    assert Path(apart["b"]).name.startswith("compared-step-000000099-guidance-2-")
+    assert apart["num_inference_steps"] == [2, 2] and apart["guidance_scales"] == [2, 2]
+    assert any(each["difference"] for each in apart["differences"].values())
+    drawn = {path: path.stat().st_mtime_ns for path in Path(apart["b"]).glob("*.npy")}
+    same = compare(run, run / "export")
+    assert same["a"] == same["b"] == apart["a"] and same["models"] == [apart["models"][0]] * 2
+    assert not any(each["difference"] for each in same["differences"].values())
+    assert compare(run, other) == apart | {"a": same["a"]}
+    assert {path: path.stat().st_mtime_ns for path in Path(apart["b"]).glob("*.npy")} == drawn, "drawn twice"
+    assert scored.do("evaluate", *at_2, "--checkpoint", "newest", "--ema", "decay-0.99") == [0]
+    assert compare(run, run / "export")["a"] == str(run / "evaluation" / evaluations(run)[-1]["kept_images"]) != own
+    assert scored.do("evaluate", *words, "evaluation.num_images=24", "--compare", str(run), str(run), log=log) == [2]
+    assert f"{run}: no export, no kept images and no run with an evaluation of 24 images by 2 steps" in log.read_text()
+
+
+def test_models_that_cannot_be_asked_the_same_are_not_compared(made: World, scored: World, tmp_path: Path) -> None:
+    from test_conditioned_runs import KINDS, world_of
+
+    text, run, log = world_of(made, tmp_path, KINDS["text"]), tmp_path / "classes", tmp_path / "refused.txt"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("export", f"run_dir={run}") == [0]
+    assert text.do("train", "train.steps=4", "checkpoint.every_steps=4") == [0], text.said()
+    assert text.do("export", "train.steps=4", "checkpoint.every_steps=4") == [0], text.said()
+
+    def refused(*words: str) -> str:
+        log.write_text("")
+        assert scored.do("evaluate", f"run_dir={run}", *words, log=log) == [2], log.read_text()
+        assert "Traceback" not in log.read_text()
+        return log.read_text()
+
+    captioned, classes = str(text.run_dir / "export"), str(run / "export")
+    told = "is asked by captions, conditioning.kind=class has none"
+    assert f"{captioned}: {told}" in refused("--compare", classes, captioned)
+    told = "is asked for one of 10 classes, conditioning.num_classes=12"
+    assert f"{classes}: {told}" in refused("conditioning.num_classes=12", "--compare", classes, classes)
+    nothing = refused("evaluation.features=[]", "--compare", classes, classes)
+    assert "evaluation.features: no network is there to score with; name one" in nothing
 
 
 # Rows and names -----------------------------------------------------------------------------------
