@@ -17,9 +17,9 @@ OF_HELD_OUT = ("validation_loss", "bits_per_dim", "bits_per_dim_standard_error")
 def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row:
     """The row, its scores under names of their own where the same name stands for other numbers in this run's first.
 
-    A network's numbers are others when its reference is (data, preprocessing, weights), or when other numbers of images
-    or steps were drawn; those of held-out images when other ones are counted.  Then NAME becomes NAME@FINGERPRINT, so
-    that what can't be compared never shares a curve.
+    A network's numbers are others when its reference is (data, preprocessing, weights) or the held-out set, or when
+    other numbers of images or steps were drawn or other wishes asked; losses and bits when other held-out images are
+    counted.  Then NAME becomes NAME@FINGERPRINT, so that what can't be compared never shares a curve.
     """
     of_network = {"classifier": "accuracy", "clip": "clip_score"}  # what a kind of network gives beside NAME/...
     renamed: dict[str, str] = {}
@@ -40,7 +40,8 @@ def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row
 
 
 def _comparable(row: Row, title: str) -> list[Any]:
-    return [row["references"][title], row["num_images"], row["num_inference_steps"]]
+    drawn = [row["num_images"], row["num_inference_steps"], row.get("asked")]
+    return [row["references"][title], row.get("validation_images"), *drawn]
 
 
 def record(run: Path, rows: Sequence[Row]) -> None:
