@@ -50,7 +50,7 @@ from pipeline.real_features import see_all
 from pipeline.reporting.page import keep_report
 from pipeline.run_folder import check_same
 from pipeline.sampler import PASSPORT
-from pipeline.score_rows import flat_scores
+from pipeline.score_rows import flat_name, flat_scores, plain
 from pipeline.tracking import Row, write_evaluation
 from vae.metrics import psnr, reconstruct
 from vae.tiles import in_tiles
@@ -184,11 +184,12 @@ def set_beside(scores: Scores, rows: Sequence[Row]) -> None:
     """Recall and coverage as shares of those of the held-out images, at equal numbers: both grow with the number."""
     for row in rows:
         prefix = f"guidance_{row['guidance_scale']:g}"
-        for name in ("recall", "coverage"):
-            of_validation = float(scores.get(f"validation/{name}", 0))
-            if f"{prefix}/{name}_equal_n" in scores and of_validation > 0:
-                share = float(scores[f"{prefix}/{name}_equal_n"]) / of_validation
-                scores[f"{prefix}/{name}_of_validation"] = share
+        for title in row["references"]:
+            for name in (flat_name(plain(title), each) for each in ("recall", "coverage")):
+                of_validation = float(scores.get(f"validation/{name}", 0))
+                if f"{prefix}/{name}_equal_n" in scores and of_validation > 0:
+                    share = float(scores[f"{prefix}/{name}_equal_n"]) / of_validation
+                    scores[f"{prefix}/{name}_of_validation"] = share
 
 
 def show(scores: Scores, config: Config, run: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from pipeline.config_evaluation import EvaluationConfig
 from pipeline.kept_images import forget_older
 from pipeline.tracking import Row, write_evaluation
 
+MEASURED_BY = ("asked", "validation_images", "held_out")  # fingerprints of a row beside its references
+REFERENCES = "references/"  # in scores.json, before the network's name
 OF_HELD_OUT = ("validation_loss", "bits_per_dim", "bits_per_dim_standard_error")  # scores that no network gives
 
 
@@ -83,17 +85,36 @@ OF_CLASSIFIER = {  # its scores go without its name in scores.json
 
 
 def flat_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """One model's rows by the names of scores.json: guidance_2/NAME of what was drawn, validation/NAME of real ones."""
-    flat: dict[str, Any] = {"checkpoint": rows[0]["checkpoint"], "ema": rows[0]["ema"]}
+    """One model's rows by the names of scores.json: guidance_2/NAME of what was drawn, validation/NAME of real ones.
+
+    They are the newest, so that no name needs a fingerprint; what they were measured by stands beside them.
+    """
+    flat: dict[str, Any] = {name: rows[0][name] for name in ("checkpoint", "ema", *MEASURED_BY)}
+    flat |= {f"{REFERENCES}{plain(title)}": of for title, of in rows[0]["references"].items()}
     for row in rows:
         prefix = f"guidance_{row['guidance_scale']:g}"
-        flat[f"{prefix}/num_images"] = row["num_images"]
+        flat |= {f"{prefix}/{name}": row[name] for name in ("num_images", "num_inference_steps")}
         for name, value in row["scores"].items():
-            head, _, rest = name.partition("/")
+            head, _, rest = plain(name).partition("/")
             if head == "validation":
                 flat[f"validation/{OF_CLASSIFIER.get(rest, rest)}"] = value
-            elif head.partition("@")[0] in OF_HELD_OUT:
-                flat[name] = value
+            elif head in OF_HELD_OUT:
+                flat[plain(name)] = value
             else:
-                flat[f"{prefix}/{OF_CLASSIFIER.get(name, name)}"] = value
+                flat[f"{prefix}/{OF_CLASSIFIER.get(plain(name), plain(name))}"] = value
     return flat
+
+
+def plain(name: str) -> str:
+    """A score's name without the fingerprints that `told_apart` gave it."""
+    return "/".join(word.partition("@")[0] for word in name.split("/"))
+
+
+def first_network(scores: Mapping[str, Any]) -> str:
+    """The first network of evaluation.features whose scores these of scores.json are."""
+    return next((name.removeprefix(REFERENCES) for name in scores if name.startswith(REFERENCES)), "classifier")
+
+
+def flat_name(network: str, name: str) -> str:
+    """What a network's score, such as `fid`, is called in scores.json."""
+    return OF_CLASSIFIER.get(f"{network}/{name}", f"{network}/{name}")

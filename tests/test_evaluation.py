@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from world import World, losses, rows
 
 from pipeline.config_evaluation import EvaluationConfig
+from pipeline.evaluate import set_beside
+from pipeline.reporting.words import number
 from pipeline.score_rows import curves_of, flat_scores, told_apart
 
 IN_LOOP = ("evaluation.scores_every_steps=4", "evaluation.bits=true")
@@ -186,6 +188,45 @@ def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World,
     assert [name for name in other[0]["scores"] if name.startswith("classifier@") and name.endswith("/fid")]
 
 
+def test_other_held_out_images_are_another_curve(made: World, scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("train", *IN_LOOP, f"run_dir={run}", f"data.validation_images={made.root}/digits/train") == [0]
+    first, *_, last = evaluations(run)
+    assert len(evaluations(run)) == 6 and first["asked"] == last["asked"] and first["references"] != last["references"]
+    assert first["validation_images"] != last["validation_images"] and first["held_out"] != last["held_out"]
+    assert {name.partition("/")[0].partition("@")[1] for name in last["scores"] if "num_" not in name} == {"", "@"}
+    assert not [name for name in last["scores"] if name.startswith(("classifier/", "validation/classifier/"))]
+
+
+def test_after_a_training_with_few_images_card_and_report_have_the_numbers_of_many(
+    scored: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("export", f"run_dir={run}") == [0], scored.said()
+    words = (f"run_dir={run}", "evaluation.num_images=40", "evaluation.num_inference_steps=4")
+    assert scored.do("evaluate", *words) == [0], scored.said()
+    row = evaluations(run)[-1]
+    mark = next(name for name in row["references"]).removeprefix("classifier")
+    assert mark.startswith("@") and row["num_images"] == 40
+    scores = json.loads((run / "scores.json").read_text())
+    assert not [name for name in scores if "@" in name]
+    assert (scores["guidance_2/num_images"], scores["guidance_2/num_inference_steps"]) == (40, 4)
+    assert scores["references/classifier"] == row["references"][f"classifier{mark}"]
+    assert scores["asked"] == row["asked"] and scores["held_out"] == row["held_out"]
+    fid = scores["guidance_2/frechet_distance"]
+    assert fid == row["scores"][f"classifier{mark}/fid"] != evaluations(run)[-2]["scores"].get("classifier/fid")
+    card = (run / "export" / "README.md").read_text()
+    drawn = [each for each in evaluations(run) if each["num_images"] == 40]
+    of_card = [f"{each['scores'][f'classifier{mark}/fid']:,.4g}" for each in drawn]
+    real = f"{scores['validation/frechet_distance']:,.4g}"
+    assert f"in features of `classifier` | {real} | {' | '.join(of_card)} |" in card
+    assert "| images | 360 | 40 | 40 |" in card and "| steps of the sampler |  | 4 | 4 |" in card
+    best = min(each["scores"][f"classifier{mark}/fid"] for each in drawn)
+    assert f"<dd>{number(best)}</dd>" in (run / "report.html").read_text(encoding="utf-8")
+
+
 # Two models ---------------------------------------------------------------------------------------
 
 
@@ -298,7 +339,8 @@ def row_of(**other: Any) -> dict[str, Any]:
     scores = {"net/fid": 1.0, "accuracy": 0.5, "clip_score": 20.0, "validation/net/fid": 0.1, "bits_per_dim": 2.0}
     row = {
         "step": 1, "checkpoint": None, "ema": "a", "guidance_scale": 2.0, "num_inference_steps": 5, "num_images": 10,
-        "references": {"net": "f" * 16}, "held_out": "e" * 16, "scores": scores | {"validation_loss/band-0": 1.0},
+        "asked": "a" * 16, "validation_images": "d" * 16, "held_out": "e" * 16, "kept_images": "step-1-guidance-2-0",
+        "references": {"net": "f" * 16}, "scores": scores | {"validation_loss/band-0": 1.0},
     }  # fmt: skip
     return row | other
 
@@ -310,7 +352,13 @@ def test_numbers_of_another_reference_have_a_curve_of_their_own() -> None:
     first = row_of()
     assert told_apart([], first, SETTINGS) == first
     assert told_apart([first], row_of(step=2), SETTINGS)["scores"] == first["scores"]
-    for other in ({"references": {"net": "0" * 16}}, {"num_images": 20}, {"num_inference_steps": 6}):
+    for other in (
+        {"references": {"net": "0" * 16}},
+        {"num_images": 20},
+        {"num_inference_steps": 6},
+        {"asked": "0" * 16},
+        {"validation_images": "0" * 16},
+    ):
         found = told_apart([first], row_of(step=2, **other), SETTINGS)["scores"]
         (name,) = (name for name in found if name.startswith("net@") and name.endswith("/fid"))
         mark = name.removeprefix("net@").removesuffix("/fid")
@@ -320,6 +368,7 @@ def test_numbers_of_another_reference_have_a_curve_of_their_own() -> None:
         }  # fmt: skip
         again = told_apart([first, row_of(step=2, scores=found)], row_of(step=3, **other), SETTINGS)
         assert again["scores"].keys() == found.keys(), "and it stays the same curve"
+        assert flat_scores([row_of(scores=found)]) == flat_scores([first]), "the newest need no fingerprint"
     of_others = told_apart([first], row_of(held_out="1" * 16), SETTINGS)["scores"]
     assert {"validation_loss@11111111/band-0", "bits_per_dim@11111111", "net/fid"} <= of_others.keys()
     back = told_apart([first, row_of(references={"net@0": "0" * 16})], row_of(step=3), SETTINGS)
@@ -334,7 +383,17 @@ def test_curves_and_flat_names() -> None:
     assert set(flat_scores([row])) == {
         "checkpoint", "ema", "guidance_2/num_images", "guidance_2/net/fid", "guidance_2/class_accuracy",
         "guidance_2/clip_score", "validation/net/fid", "bits_per_dim", "validation_loss/band-0",
+        "guidance_2/num_inference_steps", "asked", "validation_images", "held_out", "references/net",
     }  # fmt: skip
+
+
+def test_shares_of_the_real_images_are_given_for_every_network() -> None:
+    row = row_of(references={"classifier": "f", "net@0": "f"})
+    scores = {"validation/net/recall": 0.5, "guidance_2/net/recall_equal_n": 0.25, "guidance_2/recall_equal_n": 0.25}
+    scores |= {"validation/coverage": 0.8, "guidance_2/coverage_equal_n": 0.4}
+    set_beside(scores, [row])
+    shares = {name: value for name, value in scores.items() if name.endswith("_of_validation")}
+    assert shares == {"guidance_2/net/recall_of_validation": 0.5, "guidance_2/coverage_of_validation": 0.5}
 
 
 # Other networks -----------------------------------------------------------------------------------
@@ -362,7 +421,15 @@ def test_a_text_run_is_scored_by_a_backbone_and_by_clip(made: World, tmp_path: P
     assert world.do("evaluate", *words) == [0], world.said()
     close([row], evaluations(world.run_dir))
     assert (world.run_dir / "evaluation" / "nearest-guidance_2.png").stat().st_size > 500
-    assert "validation/dinov2/fid" in json.loads((world.run_dir / "scores.json").read_text())
+    scores = json.loads((world.run_dir / "scores.json").read_text())
+    assert "validation/dinov2/fid" in scores
+    shown = " | ".join(f"{scores[f'{where}/dinov2/fid']:,.4g}" for where in ("validation", "guidance_2"))
+    assert f"in features of `dinov2` | {shown} |" in (world.run_dir / "export" / "README.md").read_text()
+    assert "<dt>Fréchet distance (dinov2)</dt>" in (world.run_dir / "report.html").read_text(encoding="utf-8")
+    assert world.do("train", *words, f"data.validation_images={made.root}/digits/train") == [0], world.said()
+    again = evaluations(world.run_dir)[-1]
+    assert again["asked"] != row["asked"], "captions are those of the held-out set"
+    assert not {"clip_score", "clip/fid", "dinov2/fid"} & again["scores"].keys()
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -182,6 +182,18 @@ def test_a_run_is_told_in_words_and_figures(run: Path) -> None:
     assert sweep["Fréchet distance"]["level"] == [0.1053, "real images"]
 
 
+def test_the_first_networks_distance_is_the_first_figure(run: Path) -> None:
+    scores = {"guidance_1/frechet_distance": 7.25, "guidance_1/dinov2/fid": 31.5, "validation/dinov2/fid": 12.5}
+    for networks, said in (
+        (("classifier", "dinov2"), "Fréchet distance 7.25 at guidance 1"),
+        (("dinov2", "classifier"), "Fréchet distance (dinov2) 31.5 at guidance 1; real images 12.5"),
+    ):
+        references = {f"references/{name}": "f" * 16 for name in networks}
+        (run / "scores.json").write_text(json.dumps(references | scores))
+        first = page_of(run).words.partition("Samples")[2]
+        assert said in first
+
+
 def test_what_users_write_is_never_html(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["conditioning"] |= {"num_classes": 2, "class_names": [EVIL, "two"]}
@@ -363,6 +375,8 @@ def evaluation(step: int, guidance: float = 1.0, **changed: Any) -> dict[str, An
         "guidance_scale": guidance,
         "num_inference_steps": 25,
         "num_images": 100,
+        "asked": "a1",
+        "validation_images": "v1",
         "references": {"classifier": "f1"},
         "scores": {"frechet_distance": step / 10},
         **changed,
@@ -386,6 +400,8 @@ def test_what_was_measured_alike_is_one_curve() -> None:
     ("changed", "label"),
     [
         ({"references": {"classifier": "f2"}}, "references 2"),
+        ({"asked": "a2"}, "wishes 2"),
+        ({"validation_images": "v2"}, "held-out set 2"),
         ({"ema": "decay-0.99"}, "decay-0.99"),
         ({"num_images": 5000}, "5,000 images"),
         ({"num_inference_steps": 50}, "50 steps"),

@@ -12,6 +12,7 @@ from pipeline.reporting import words
 from pipeline.reporting.charts import OF_GUIDANCE, bookkeeping, is_number
 from pipeline.reporting.gather import Gathered, Json
 from pipeline.reporting.words import Score, score_of
+from pipeline.score_rows import first_network, flat_name
 
 STATES = {
     "running": "running",
@@ -65,7 +66,7 @@ def figures(found: Gathered) -> list[tuple[str, str, str]]:
         losses = table.columns["loss"][~np.isnan(table.columns["loss"])]
         if len(losses):
             made.append(("Loss", words.number(float(losses[-1])), f"lowest {words.number(float(losses.min()))}"))
-    for name in ("frechet_distance", "class_accuracy"):
+    for name in (flat_name(first_network(found.scores), "fid"), "class_accuracy"):
         by_scale = {
             match[1]: value
             for key, value in found.scores.items()

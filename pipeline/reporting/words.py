@@ -53,6 +53,7 @@ SCORES = {
     "nearest_train_median_levels": Score("Nearest training image: median, levels"),
     "kernel_distance_std": Score("Kernel distance: spread"),
     "num_images": Score("Images"),
+    "num_inference_steps": Score("Steps of the sampler"),
     "num_train_images": Score("Training images"),
     "num_images_equal_n": Score("Images, for equal numbers"),
     "num_reference_images": Score("Reference images"),
