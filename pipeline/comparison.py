@@ -20,6 +20,7 @@ from pipeline.metrics.manifold import fidelity_by_image
 from pipeline.metrics.neighbours import feature_copies
 from pipeline.metrics.paired import LEVEL, FrechetScore, InceptionScore, KernelScore, Mean, Score, paired_differences
 from pipeline.real_features import see_all
+from pipeline.reporting.words import biases
 from pipeline.sampler import PASSPORT, Asked
 from pipeline.tracking import read_evaluations
 from pipeline.yardstick import Yardstick
@@ -143,6 +144,7 @@ def compare_pair(evaluation: Evaluation, a: KeptImages, b: KeptImages, *, num_re
         "guidance_scales": [a.guidance_scale, b.guidance_scale],
         "num_inference_steps": [a.num_inference_steps, b.num_inference_steps],
         "num_images": len(asked),
+        "num_reference_images": len(next(iter(evaluation.yardsticks.values())).train.features),
         "num_resamples": num_resamples,
         "level": LEVEL,
         "references": {title: each.train.fingerprint for title, each in evaluation.yardsticks.items()},
@@ -189,7 +191,9 @@ def show_comparison(found: Found, path: Path) -> None:
     files.write_json(path, found)
     console = Console()
     for pair in found:
-        table = Table(title=f"A: {pair['a']}\nB: {pair['b']}", caption=f"{pair['num_images']:,} pairs of images")
+        counts = f"N = {pair['num_images']:,} pairs of images, M = {pair['num_reference_images']:,} training images"
+        caption = f"{counts}\n{biases(pair['differences'])}"
+        table = Table(title=f"A: {pair['a']}\nB: {pair['b']}", caption=caption)
         for heading in ("", "A", "B", "A - B", f"{pair['level']:.0%} interval"):
             table.add_column(heading, justify="left" if not heading else "right")
         for name, each in pair["differences"].items():

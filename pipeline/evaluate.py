@@ -48,6 +48,7 @@ from pipeline.metrics.scores import pixel_scores
 from pipeline.model_card import note_scores
 from pipeline.real_features import see_all
 from pipeline.reporting.page import keep_report
+from pipeline.reporting.words import biases
 from pipeline.run_folder import check_same
 from pipeline.sampler import PASSPORT
 from pipeline.score_rows import flat_name, flat_scores, plain
@@ -196,12 +197,17 @@ def show(scores: Scores, config: Config, run: Path) -> None:
     """The scores as a table, and where everything lies."""
     columns = ["validation", *(f"guidance_{scale:g}" for scale in config.evaluation.guidance_scales)]
     names = list(dict.fromkeys(name.split("/", 1)[1] for name in scores if name.split("/")[0] in columns))
-    table = Table(title=f"{run / 'scores.json'}: against {scores['validation/num_train_images']:,} training images")
-    for heading in ("", "real, held out", *columns[1:]):
-        table.add_column(heading, justify="left" if not heading else "right")
+    real = f"M = {scores['validation/num_train_images']:,} training images"
+    table = Table(title=f"{run / 'scores.json'}: N images against {real}", caption=biases(names))
+    table.add_column("")
+    for column in columns:
+        said = "real, held out" if column == "validation" else column
+        table.add_column(f"{said}\nN = {scores[f'{column}/num_images']:,}", justify="right")
     for name in names:
-        values: list[Any] = [scores.get(f"{column}/{name}") for column in columns]
-        table.add_row(name, *("" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values))
+        if name not in ("num_images", "num_train_images"):
+            values: list[Any] = [scores.get(f"{column}/{name}") for column in columns]
+            told = ["" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values]
+            table.add_row(name, *told)
     console = Console()
     console.print(table)
     console.print(f"autoencoder: {scores['vae/psnr_db']:.1f} dB PSNR on {scores['vae/num_images']:,} held-out images")
@@ -219,8 +225,9 @@ def likelihood_lines(scores: Scores) -> list[str]:
     }
     return [
         f"{title}: {scores[f'likelihood/{name}_bits_per_dim']:.3f} ± {scores[f'likelihood/{name}_standard_error']:.3f} "
-        "bits/dim"
+        f"bits/dim, N = {scores[f'likelihood/{counted}num_images']:,} held-out images"
         for name, title in titles.items()
+        for counted in ["ode_" if name == "ode" else ""]
         if f"likelihood/{name}_bits_per_dim" in scores
     ]
 

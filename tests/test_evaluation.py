@@ -224,6 +224,9 @@ def test_after_a_training_with_few_images_card_and_report_have_the_numbers_of_ma
     assert f"in features of `classifier` | {real} | {' | '.join(of_card)} |" in card
     assert "| images | 360 | 40 | 40 |" in card and "| steps of the sampler |  | 4 | 4 |" in card
     best = min(each["scores"][f"classifier{mark}/fid"] for each in drawn)
+    said = " ".join(scored.said().split())
+    assert "N images against M = 360 training images" in said and "N = 360" in said and "N = 40" in said
+    assert "Fréchet distance: biased up, ~1/N" in said and "bits/dim, N = 8 held-out images" in said
     assert f"<dd>{number(best)}</dd>" in (run / "report.html").read_text(encoding="utf-8")
 
 
@@ -256,7 +259,9 @@ def test_two_models_are_compared_in_pairs(scored: World, tmp_path: Path) -> None
         "classifier/inception_score",
     }  # fmt: skip
     assert scored.do("export", f"run_dir={run}") == [0]
-    assert "50 resamples of 20 pairs" in compare(run / "export", late)
+    said = " ".join(compare(run / "export", late).split())
+    assert "50 resamples of 20 pairs" in said and "N = 20 pairs of images, M = 360 training images" in said
+    assert "Fréchet distance: biased up, ~1/N; Kernel distance: no bias, ± error" in said
     (same,) = json.loads((run / "evaluation" / "comparison.json").read_text())
     assert {(each["low"], each["high"]) for each in same["differences"].values()} == {(0, 0)}, "one and the same model"
     compare(run, run / "export")  # a run folder: its newest kept images

@@ -182,6 +182,32 @@ def test_a_run_is_told_in_words_and_figures(run: Path) -> None:
     assert sweep["Fréchet distance"]["level"] == [0.1053, "real images"]
 
 
+def test_numbers_of_images_and_what_few_of_them_do_stand_beside_the_scores(run: Path) -> None:
+    names = ("frechet_distance", "kernel_distance", "recall", "inception_score", "class_accuracy")
+    scores: dict[str, Any] = {f"{where}/{name}": 0.5 for where in ("validation", "guidance_2") for name in names}
+    scores |= {"validation/num_images": 360, "guidance_2/num_images": 1000, "guidance_2/num_train_images": 1437}
+    scores |= {"likelihood/num_images": 64, "likelihood/ode_num_images": 16}
+    scores |= {f"likelihood/{name}_bits_per_dim": 2.5 for name in ("bound", "ode")}
+    (run / "scores.json").write_text(json.dumps(scores))
+    measured = {"reconstruction/psnr_db": 30.0, "reconstruction/num_images": 360, "latent/scale": 1.5}
+    (run.parent / "vae" / "measured").mkdir(parents=True)
+    (run.parent / "vae" / "measured" / "scores.json").write_text(json.dumps(measured))
+    page = page_of(run)
+    for said in (
+        "M = 1,437 real training images are the reference",
+        "Score real, held out, N = 360 guidance 2, N = 1,000 bias",
+        "Fréchet distance ↓ 0.500 0.500 biased up, ~1/N",
+        "Kernel distance ↓ 0.500 0.500 no bias, ± error",
+        "Recall ↑ 0.500 0.500 grows with N",
+        "Inception score ↑ 0.500 0.500 biased down, small N",
+        "Fréchet distance 0.500 at guidance 2; real images 0.500; N = 1,000",
+        "Variational bound of the latents 2.50 N = 64",
+        "Likelihood of the latents by the ODE 2.50 N = 16",
+        "PSNR 30 dB N = 360 Latents are scaled by 1.50",
+    ):
+        assert said in page.words, said
+
+
 def test_the_first_networks_distance_is_the_first_figure(run: Path) -> None:
     scores = {"guidance_1/frechet_distance": 7.25, "guidance_1/dinov2/fid": 31.5, "validation/dinov2/fid": 12.5}
     for networks, said in (
