@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import files
 from pipeline.config import Config
 from pipeline.config_diffusion import DiffusionConfig
-from pipeline.config_file import to_yaml
+from pipeline.config_file import to_yaml, without_secrets
 from pipeline.score_rows import first_network, flat_name
 
 SAMPLES = "samples.png"  # beside it
@@ -95,7 +95,7 @@ Not evaluated yet.
 <details><summary>The whole config</summary>
 
 ```yaml
-{to_yaml(config)}```
+{without_secrets(to_yaml(config))}```
 </details>
 """
 

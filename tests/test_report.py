@@ -21,6 +21,7 @@ from world import World, small_config
 
 from pipeline.config_file import load_config
 from pipeline.errors import UsageError
+from pipeline.model_card import model_card
 from pipeline.reporting import words
 from pipeline.reporting.evaluations import evaluation_charts
 from pipeline.reporting.images import MAX_BYTES, MAX_SIDE, embed, evenly
@@ -300,6 +301,22 @@ def test_broken_files_are_passed_over(run: Path) -> None:
     assert "2 lines could not be read" in page.words
     assert "Not looked for yet" in page.words
     assert page.charts("evaluation")["Fréchet distance"]["x"] == [2]
+
+
+@pytest.mark.parametrize("version", ["this", "another"])
+def test_keys_of_a_store_are_not_told(run: Path, version: str) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["remote"] = {"options": {"key": "AKIA-secret", "client_kwargs": {"token": "hidden-secret"}}}
+    text = yaml.safe_dump(config | ({} if version == "this" else {"not_known": 1}))
+    (run / "config.yaml").write_text(text)
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "secret" not in page and "client_kwargs: &#39;***&#39;" in page and "image_size: 16" in page
+    assert (run / "config.yaml").read_text() == text
+    if version == "this":
+        state = {"latents": {"origin": {"source_fingerprint": "f", "encoder_sha256": "e"}, "scale": 1.0}, "step": 8}
+        said = {"weights": "decay-0.9", "license_id": "other", "stock": False, "prompt": None}
+        card = model_card(load_config(run / "config.yaml"), state | {"data": {"position": 96}}, **said)
+        assert "secret" not in card and "client_kwargs: '***'" in card and "image_size: 16" in card
 
 
 def test_a_config_of_another_version_leaves_the_rest(run: Path) -> None:
