@@ -12,26 +12,29 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import files, program, sampler
-from pipeline.engine import Engine
 from pipeline.errors import UsageError, blame
 from pipeline.evaluation import Evaluation, labels_of
 from pipeline.kept_images import SAID, KeptImages, common_asked
 from pipeline.metrics.answers import clip_scores
 from pipeline.metrics.manifold import fidelity_by_image
 from pipeline.metrics.neighbours import feature_copies
-from pipeline.metrics.paired import LEVEL, FrechetScore, KernelScore, Mean, Score, paired_differences
+from pipeline.metrics.paired import LEVEL, FrechetScore, InceptionScore, KernelScore, Mean, Score, paired_differences
 from pipeline.real_features import see_all
+from pipeline.reporting.words import biases
 from pipeline.sampler import PASSPORT, Asked
+from pipeline.tracking import read_evaluations
 from pipeline.yardstick import Yardstick
 
+COMPARED = "compared"  # before the names of images in RUN/evaluation that another run's export drew
 Found = list[dict[str, Any]]  # one for each pair of image sets
 
 
 def compare(evaluation: Evaluation, a: Path, b: Path, *, num_resamples: int) -> Found:
     """A less B at each guidance scale.  Every rank calls it; rank 0 has the result, the others nothing.
 
-    Raises UsageError where A and B have no images of the same wishes and noise.
+    Raises UsageError where A and B have no images of the same wishes and noise, or no network is there.
     """
+    evaluation.require_network()
     sides = [kept_of(evaluation, folder) for folder in (a, b)]
 
     def look() -> Found:
@@ -42,36 +45,62 @@ def compare(evaluation: Evaluation, a: Path, b: Path, *, num_resamples: int) -> 
 
 
 def kept_of(evaluation: Evaluation, folder: Path) -> list[KeptImages]:
-    """The images of an export (drawn, where they are not there yet), of a folder of them, or a run's newest."""
-    engine: Engine = evaluation.engine
+    """The images of an export (drawn, where they are not there yet), of a folder of them, or of a run."""
     if (folder / "model_index.json").exists():
-        tile_pixels = evaluation.config.vae.tile_pixels
-        pipe = sampler.open_export(folder, engine.device, tile_pixels=tile_pixels)
-        size = sampler.image_size_of(pipe)
-        if size != evaluation.config.data.image_size:
-            raise UsageError(
-                f"{folder}: draws {size} pixels a side, data.image_size={evaluation.config.data.image_size}"
-            )
-        with blame(str(folder)):
-            said = files.read_json(folder / PASSPORT) if (folder / PASSPORT).exists() else {"checkpoint": folder.name}
-        kept = evaluation.kept(pipe, str(said["checkpoint"]))
-        for each in kept:
-            each.draw(engine, pipe, lambda: True, in_training=False)
-        return kept
+        return drawn_by(evaluation, folder)
     if (folder / SAID).exists():
         return [KeptImages.open(folder)]
-    newest: dict[float, KeptImages] = {}
-    for path in sorted(folder.glob("evaluation/step-*-guidance-*")):
-        if (path / SAID).exists():
-            try:
-                kept_images = KeptImages.open(path)
-            except UsageError:  # not all drawn
-                continue
-            newest[kept_images.guidance_scale] = kept_images
-    if not newest:
+    return newest_of(evaluation, folder)
+
+
+def drawn_by(evaluation: Evaluation, folder: Path) -> list[KeptImages]:
+    """The images of an export: those of CONFIG's own are the run's, those of others go by a name of their own."""
+    engine, config = evaluation.engine, evaluation.config
+    pipe = sampler.open_export(folder, engine.device, tile_pixels=config.vae.tile_pixels)
+    size, condition = sampler.image_size_of(pipe), config.conditioning
+    if size != config.data.image_size:
+        raise UsageError(f"{folder}: draws {size} pixels a side, data.image_size={config.data.image_size}")
+    if pipe.num_classes not in (0, condition.num_classes):
         raise UsageError(
-            f"{folder}: no export, no kept images and no run with an evaluation is there; run evaluate, or name a "
-            "folder like RUN/export or RUN/evaluation/step-000001000-guidance-2-..."
+            f"{folder}: is asked for one of {pipe.num_classes} classes, conditioning.num_classes="
+            f"{condition.num_classes}; compare it with a config that asks for the same"
+        )
+    if pipe.text_encoders and condition.text is None:
+        raise UsageError(
+            f"{folder}: is asked by captions, conditioning.kind={condition.kind} has none; compare it with a config "
+            "of a text model"
+        )
+    with blame(str(folder)):
+        said = files.read_json(folder / PASSPORT) if (folder / PASSPORT).exists() else {"checkpoint": folder.name}
+    is_own = folder.resolve() == (Path(config.run_dir) / "export").resolve()
+    kept = evaluation.kept(pipe, f"{said['checkpoint']}" if is_own else f"{COMPARED}-{said['checkpoint']}")
+    for each in kept:
+        each.draw(engine, pipe, lambda: True, in_training=False)
+    return kept
+
+
+def newest_of(evaluation: Evaluation, run: Path) -> list[KeptImages]:
+    """The images of a run's newest evaluation that was drawn as CONFIG says, for each guidance scale.
+
+    Its rows of scores name them: what a sweep or a comparison drew is none of them.
+    """
+    config, settings = evaluation.config, evaluation.settings
+    newest: dict[float, KeptImages] = {}
+    for row in read_evaluations(run):  # in order of step, and of one step the last written last
+        try:
+            kept = KeptImages.open(run / "evaluation" / str(row.get("kept_images")))
+        except UsageError:  # removed since
+            continue
+        drawn = (kept.seed, kept.num_inference_steps, len(kept.asked), kept.guidance_interval, kept.guide)
+        wanted = (config.seed, settings.num_inference_steps, settings.num_images, (0.0, 1.0), None)
+        if drawn == wanted and kept.guidance_scale in settings.guidance_scales:
+            newest[kept.guidance_scale] = kept
+    if not newest:
+        scales = ", ".join(f"{scale:g}" for scale in settings.guidance_scales)
+        raise UsageError(
+            f"{run}: no export, no kept images and no run with an evaluation of {settings.num_images} images by "
+            f"{settings.num_inference_steps} steps at guidance {scales} from seed {config.seed} is there; run "
+            "evaluate, or name a folder like RUN/export or RUN/evaluation/step-000001000-guidance-2-..."
         )
     return list(newest.values())
 
@@ -106,11 +135,14 @@ def compare_pair(evaluation: Evaluation, a: KeptImages, b: KeptImages, *, num_re
     return {
         "a": str(a.folder),
         "b": str(b.folder),
+        "models": [a.model, b.model],
         "guidance_scales": [a.guidance_scale, b.guidance_scale],
+        "num_inference_steps": [a.num_inference_steps, b.num_inference_steps],
         "num_images": len(asked),
+        "num_reference_images": len(next(iter(evaluation.yardsticks.values())).train.features),
         "num_resamples": num_resamples,
         "level": LEVEL,
-        "references": {title: each.train.fingerprint for title, each in evaluation.yardsticks.items()},
+        "references": evaluation.references(),
         "differences": {name: each._asdict() for name, each in found.items()},
     }
 
@@ -127,6 +159,8 @@ def scores_of(evaluation: Evaluation, images: NDArray[np.uint8], asked: Sequence
         seen = see_all(yardstick.network, images, evaluation.settings.batch_images, f"{title} sees")
         with blame(f"evaluation.features: {title}"):
             scores |= {f"{title}/{name}": score for name, score in in_features(yardstick, seen["features"]).items()}
+            if "probabilities" in seen:
+                scores[f"{title}/inception_score"] = InceptionScore(seen["probabilities"])
         if labels is not None and (named := yardstick.classes(seen.get("probabilities"))) is not None:
             scores["accuracy"] = Mean(named == labels)
         if (captions := yardstick.read(prompts)) is not None:
@@ -152,7 +186,9 @@ def show_comparison(found: Found, path: Path) -> None:
     files.write_json(path, found)
     console = Console()
     for pair in found:
-        table = Table(title=f"A: {pair['a']}\nB: {pair['b']}", caption=f"{pair['num_images']:,} pairs of images")
+        counts = f"N = {pair['num_images']:,} pairs of images, M = {pair['num_reference_images']:,} training images"
+        caption = f"{counts}\n{biases(pair['differences'])}"
+        table = Table(title=f"A: {pair['a']}\nB: {pair['b']}", caption=caption)
         for heading in ("", "A", "B", "A - B", f"{pair['level']:.0%} interval"):
             table.add_column(heading, justify="left" if not heading else "right")
         for name, each in pair["differences"].items():

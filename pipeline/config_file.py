@@ -104,6 +104,23 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_literal(config.model_dump(mode="json"))))
 
 
+def without_secrets(text: str) -> str:
+    """A config's YAML as it may be shown to others: data.remote.options, which may be keys of a store, are starred."""
+    try:
+        values: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return "(not valid YAML)\n"
+    try:
+        remote: dict[str, Any] = values["data"]["remote"]
+        options: Any = remote["options"]
+    except (KeyError, TypeError):
+        return text
+    if not options:
+        return text
+    remote["options"] = dict.fromkeys(options, "***") if isinstance(options, dict) else "***"
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
 def _literal(value: Any) -> Any:
     """The value with every ${ in its texts written so that it is read as text, not as an interpolation."""
     match value:

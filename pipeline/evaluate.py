@@ -4,7 +4,8 @@ The images drawn are kept in RUN/evaluation, so an interrupted evaluation goes o
 guidance scale in RUN/evaluations.jsonl, all of the newest in RUN/scores.json, pictures in RUN/evaluation.
 
 --compare A B draws nothing that is there: paired differences of two models' images, with intervals.  A and B are export
-folders, folders of kept images (RUN/evaluation/step-...), or run folders, of which the newest kept images are taken.
+folders, folders of kept images (RUN/evaluation/step-...), or run folders, of whose newest evaluation as CONFIG says the
+images are taken.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ from pipeline.metrics.scores import pixel_scores
 from pipeline.model_card import note_scores
 from pipeline.real_features import see_all
 from pipeline.reporting.page import keep_report
+from pipeline.reporting.words import biases
 from pipeline.run_folder import check_same
-from pipeline.score_rows import flat_scores
+from pipeline.score_rows import flat_name, flat_scores, plain
 from pipeline.tracking import Row, write_evaluation
 from vae.metrics import psnr, reconstruct
 from vae.tiles import in_tiles
@@ -188,23 +190,29 @@ def set_beside(scores: Scores, rows: Sequence[Row]) -> None:
     """Recall and coverage as shares of those of the held-out images, at equal numbers: both grow with the number."""
     for row in rows:
         prefix = f"guidance_{row['guidance_scale']:g}"
-        for name in ("recall", "coverage"):
-            of_validation = float(scores.get(f"validation/{name}", 0))
-            if f"{prefix}/{name}_equal_n" in scores and of_validation > 0:
-                share = float(scores[f"{prefix}/{name}_equal_n"]) / of_validation
-                scores[f"{prefix}/{name}_of_validation"] = share
+        for title in row["references"]:
+            for name in (flat_name(plain(title), each) for each in ("recall", "coverage")):
+                of_validation = float(scores.get(f"validation/{name}", 0))
+                if f"{prefix}/{name}_equal_n" in scores and of_validation > 0:
+                    share = float(scores[f"{prefix}/{name}_equal_n"]) / of_validation
+                    scores[f"{prefix}/{name}_of_validation"] = share
 
 
 def show(scores: Scores, config: Config, run: Path) -> None:
     """The scores as a table, and where everything lies."""
     columns = ["validation", *(f"guidance_{scale:g}" for scale in config.evaluation.guidance_scales)]
     names = list(dict.fromkeys(name.split("/", 1)[1] for name in scores if name.split("/")[0] in columns))
-    table = Table(title=f"{run / 'scores.json'}: against {scores['validation/num_train_images']:,} training images")
-    for heading in ("", "real, held out", *columns[1:]):
-        table.add_column(heading, justify="left" if not heading else "right")
+    real = f"M = {scores['validation/num_train_images']:,} training images"
+    table = Table(title=f"{run / 'scores.json'}: N images against {real}", caption=biases(names))
+    table.add_column("")
+    for column in columns:
+        said = "real, held out" if column == "validation" else column
+        table.add_column(f"{said}\nN = {scores[f'{column}/num_images']:,}", justify="right")
     for name in names:
-        values: list[Any] = [scores.get(f"{column}/{name}") for column in columns]
-        table.add_row(name, *("" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values))
+        if name not in ("num_images", "num_train_images"):
+            values: list[Any] = [scores.get(f"{column}/{name}") for column in columns]
+            told = ["" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values]
+            table.add_row(name, *told)
     console = Console()
     console.print(table)
     console.print(f"autoencoder: {scores['vae/psnr_db']:.1f} dB PSNR on {scores['vae/num_images']:,} held-out images")
@@ -222,8 +230,9 @@ def likelihood_lines(scores: Scores) -> list[str]:
     }
     return [
         f"{title}: {scores[f'likelihood/{name}_bits_per_dim']:.3f} ± {scores[f'likelihood/{name}_standard_error']:.3f} "
-        "bits/dim"
+        f"bits/dim, N = {scores[f'likelihood/{counted}num_images']:,} held-out images"
         for name, title in titles.items()
+        for counted in ["ode_" if name == "ode" else ""]
         if f"likelihood/{name}_bits_per_dim" in scores
     ]
 

@@ -107,6 +107,11 @@ class Evaluation:
                     self.floors |= found.floor()
         return list(self.yardsticks)
 
+    def require_network(self) -> None:
+        """Raise UsageError, on all ranks, where nothing is there to score with."""
+        if not self.titles:
+            raise UsageError("evaluation.features: no network is there to score with; name one")
+
     @cached_property
     def own(self) -> HeldOut:
         """The held-out images whose losses and bits are counted.
@@ -207,10 +212,11 @@ class Evaluation:
 
         def look() -> bool:
             wanted = [step, ema, self.settings.num_images, self.settings.num_inference_steps]
-            wanted += [self._held_out_fingerprint(), sorted(self.references().values())]
+            wanted += [*self._fingerprints().values(), sorted(self.references().values())]
+            keys = ("step", "ema", "num_images", "num_inference_steps", *self._fingerprints())
             there: set[float] = set()
             for row in read_evaluations(Path(self.config.run_dir)):
-                of_row = [row[key] for key in ("step", "ema", "num_images", "num_inference_steps", "held_out")]
+                of_row = [row.get(key) for key in keys]
                 if [*of_row, sorted(row["references"].values())] == wanted:
                     there.add(row["guidance_scale"])
             return there >= set(self.settings.guidance_scales)
@@ -251,7 +257,8 @@ class Evaluation:
             "num_inference_steps": kept.num_inference_steps,
             "num_images": len(kept.asked),
             "references": self.references(),
-            "held_out": self._held_out_fingerprint(),
+            **self._fingerprints(),
+            "kept_images": kept.folder.name,
             "scores": scores,
         }
         return told_apart(read_evaluations(Path(self.config.run_dir)), row, self.settings)
@@ -260,11 +267,12 @@ class Evaluation:
         """Fingerprint of what each network's scores compare with."""
         return {title: each.train.fingerprint for title, each in self.yardsticks.items()}
 
-    def _held_out_fingerprint(self) -> str:
-        """Of all that losses and bits of held-out images depend on, beside the model."""
-        settings, likelihood = self.settings, self.settings.likelihood
+    def _fingerprints(self) -> dict[str, str]:
+        """Of the wishes; of the held-out set; of all that its losses and bits depend on, beside the model."""
+        settings, likelihood, held_out = self.settings, self.settings.likelihood, self.held_out.description
         counted_as = [settings.loss_images, settings.loss_bands, likelihood.num_images, likelihood.num_timesteps]
-        return files.fingerprint([self.held_out.description, counted_as])[:16]
+        of = {"asked": self.asked, "validation_images": held_out, "held_out": [held_out, counted_as]}
+        return {name: files.fingerprint(value)[:16] for name, value in of.items()}
 
     def _held_out_scores(self, pipe: ClassConditionalPipeline, go_on: GoOn) -> Scores | None:
         """Losses in bands and, where they are asked for, bits; None where it was told to stop."""

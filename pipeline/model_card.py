@@ -9,19 +9,11 @@ from typing import Any
 from pipeline import files
 from pipeline.config import Config
 from pipeline.config_diffusion import DiffusionConfig
-from pipeline.config_file import to_yaml
+from pipeline.config_file import to_yaml, without_secrets
+from pipeline.score_rows import first_network, flat_name
 
 SAMPLES = "samples.png"  # beside it
 SCORES = "## Scores"
-CARD_SCORES = {  # of evaluate's → in words
-    "num_images": "images",
-    "class_accuracy": "named right by a classifier of the training images",
-    "frechet_distance": "Fréchet distance of its features to the training images'",
-    "precision": "precision",
-    "recall_equal_n": "recall, at as many images as are held out",
-    "coverage_equal_n": "coverage, at as many",
-    "near_copy_share": "nearer to a training image than any held-out one is",
-}
 
 
 def model_card(
@@ -103,7 +95,7 @@ Not evaluated yet.
 <details><summary>The whole config</summary>
 
 ```yaml
-{to_yaml(config)}```
+{without_secrets(to_yaml(config))}```
 </details>
 """
 
@@ -119,7 +111,7 @@ def note_scores(folder: Path, scores: Mapping[str, float | int | str]) -> None:
     drawn = sorted({name.split("/")[0] for name in scores if name.startswith("guidance_")})
     rows = [
         f"| {said} | {' | '.join(_number(scores.get(f'{where}/{name}')) for where in ('validation', *drawn))} |"
-        for name, said in CARD_SCORES.items()
+        for name, said in card_scores(first_network(scores)).items()
         if f"validation/{name}" in scores or any(f"{where}/{name}" in scores for where in drawn)
     ]
     titles = ["real, held out", *(where.replace("_", " ") for where in drawn)]
@@ -127,6 +119,24 @@ def note_scores(folder: Path, scores: Mapping[str, float | int | str]) -> None:
     vae = f"The autoencoder gives held-out images back at {_number(scores.get('vae/psnr_db'))} dB PSNR."
     rest = after.partition("\n## ")[2]
     files.write_text(folder / "README.md", f"{before}{heading}\n{table}\n\n{vae}\n\n## {rest}")
+
+
+def card_scores(network: str) -> dict[str, str]:
+    """Those of scores.json that a card shows, in words; `network`: whose features images are compared in."""
+    drawn = {"num_images": "images", "num_inference_steps": "steps of the sampler"}
+    of_network = {
+        "fid": f"Fréchet distance to the training images, in features of `{network}`",
+        "precision": "precision there",
+        "recall_equal_n": "recall there, at as many images as are held out",
+        "coverage_equal_n": "coverage there, at as many",
+    }
+    return {
+        **drawn,
+        "class_accuracy": "named right by a classifier of the training images",
+        **{flat_name(network, name): said for name, said in of_network.items()},
+        "clip_score": "CLIP score",
+        "near_copy_share": "nearer to a training image than any held-out one is",
+    }
 
 
 def _number(value: float | int | str | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ from pipeline.config_evaluation import EvaluationConfig
 from pipeline.kept_images import forget_older
 from pipeline.tracking import Row, write_evaluation
 
+MEASURED_BY = ("asked", "validation_images", "held_out")  # fingerprints of a row beside its references
+REFERENCES = "references/"  # in scores.json, before the network's name
 OF_HELD_OUT = ("validation_loss", "bits_per_dim", "bits_per_dim_standard_error")  # scores that no network gives
 
 
 def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row:
     """The row, its scores under names of their own where the same name stands for other numbers in this run's first.
 
-    A network's numbers are others when its reference is (data, preprocessing, weights), or when other numbers of images
-    or steps were drawn; those of held-out images when other ones are counted.  Then NAME becomes NAME@FINGERPRINT, so
-    that what can't be compared never shares a curve.
+    A network's numbers are others when its reference is (data, preprocessing, weights) or the held-out set, or when
+    other numbers of images or steps were drawn or other wishes asked; losses and bits when other held-out images are
+    counted.  Then NAME becomes NAME@FINGERPRINT, so that what can't be compared never shares a curve.
     """
     of_network = {"classifier": "accuracy", "clip": "clip_score"}  # what a kind of network gives beside NAME/...
     renamed: dict[str, str] = {}
@@ -40,7 +42,8 @@ def told_apart(rows: Sequence[Row], row: Row, settings: EvaluationConfig) -> Row
 
 
 def _comparable(row: Row, title: str) -> list[Any]:
-    return [row["references"][title], row["num_images"], row["num_inference_steps"]]
+    drawn = [row["num_images"], row["num_inference_steps"], row.get("asked")]
+    return [row["references"][title], row.get("validation_images"), *drawn]
 
 
 def record(run: Path, rows: Sequence[Row]) -> None:
@@ -82,17 +85,36 @@ OF_CLASSIFIER = {  # its scores go without its name in scores.json
 
 
 def flat_scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """One model's rows by the names of scores.json: guidance_2/NAME of what was drawn, validation/NAME of real ones."""
-    flat: dict[str, Any] = {"checkpoint": rows[0]["checkpoint"], "ema": rows[0]["ema"]}
+    """One model's rows by the names of scores.json: guidance_2/NAME of what was drawn, validation/NAME of real ones.
+
+    They are the newest, so that no name needs a fingerprint; what they were measured by stands beside them.
+    """
+    flat: dict[str, Any] = {name: rows[0][name] for name in ("checkpoint", "ema", *MEASURED_BY)}
+    flat |= {f"{REFERENCES}{plain(title)}": of for title, of in rows[0]["references"].items()}
     for row in rows:
         prefix = f"guidance_{row['guidance_scale']:g}"
-        flat[f"{prefix}/num_images"] = row["num_images"]
+        flat |= {f"{prefix}/{name}": row[name] for name in ("num_images", "num_inference_steps")}
         for name, value in row["scores"].items():
-            head, _, rest = name.partition("/")
+            head, _, rest = plain(name).partition("/")
             if head == "validation":
                 flat[f"validation/{OF_CLASSIFIER.get(rest, rest)}"] = value
-            elif head.partition("@")[0] in OF_HELD_OUT:
-                flat[name] = value
+            elif head in OF_HELD_OUT:
+                flat[plain(name)] = value
             else:
-                flat[f"{prefix}/{OF_CLASSIFIER.get(name, name)}"] = value
+                flat[f"{prefix}/{OF_CLASSIFIER.get(plain(name), plain(name))}"] = value
     return flat
+
+
+def plain(name: str) -> str:
+    """A score's name without the fingerprints that `told_apart` gave it."""
+    return "/".join(word.partition("@")[0] for word in name.split("/"))
+
+
+def first_network(scores: Mapping[str, Any]) -> str:
+    """The first network of evaluation.features whose scores these of scores.json are."""
+    return next((name.removeprefix(REFERENCES) for name in scores if name.startswith(REFERENCES)), "classifier")
+
+
+def flat_name(network: str, name: str) -> str:
+    """What a network's score, such as `fid`, is called in scores.json."""
+    return OF_CLASSIFIER.get(f"{network}/{name}", f"{network}/{name}")

@@ -37,7 +37,7 @@ from pipeline.evaluation import Evaluation, model_sha256
 from pipeline.kept_images import KeptImages
 from pipeline.metrics.plots import sweep_plot
 from pipeline.reporting.page import keep_report
-from pipeline.reporting.words import number, score_of
+from pipeline.reporting.words import biases, number, score_of, with_error
 from pipeline.run_folder import check_same
 from pipeline.sampler import Asked
 from vae.model import state_sha256
@@ -133,8 +133,7 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changed)})
     settings = config.evaluation
     evaluation = Evaluation(engine, config)
-    if not evaluation.titles:
-        raise UsageError("evaluation.features: no network is there to score with; name one")
+    evaluation.require_network()
     rows: list[dict[str, Any]] = []
     path = run / "evaluation" / "sweep.json"
     for ema, pipe, checkpoint in chain([first], models):
@@ -174,7 +173,7 @@ def sweep(config: Config, args: argparse.Namespace) -> None:
                 engine.main_does(lambda said=said: files.write_json(path, said))
 
     def finish() -> None:
-        show(rows, evaluation.titles[0], path)
+        show(rows, evaluation.titles[0], path, num_images=settings.num_images)
         keep_report(run)
 
     engine.main_does(finish)
@@ -226,20 +225,28 @@ def models_of(
         yield average.name, pipe.to(engine.device), average.found.path.name
 
 
-def show(rows: Sequence[dict[str, Any]], network: str, path: Path) -> None:
+def show(rows: Sequence[dict[str, Any]], network: str, path: Path, *, num_images: int) -> None:
     """The table, best first by the network's Fréchet distance, and the picture."""
     names = [name for name in (*(f"{network}/{name}" for name in SHOWN), "accuracy") if name in rows[0]["scores"]]
     points = [Point(**{name: row[name] for name in Point.__dataclass_fields__}) for row in rows]
     told = [point.words() for point in points]
     same = {name: value for name, value in told[0].items() if all(each[name] == value for each in told)}
-    table = Table(title=f"{len(rows)} combinations, best first", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    real = rows[0]["scores"][f"{network}/num_reference_images"]
+    caption = f"N = {num_images:,} images of each, M = {real:,} training images\n{biases(names)}"
+    table = Table(
+        title=f"{len(rows)} combinations, best first", caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     settings = [name for name in told[0] if name not in same]
     for name in settings:
         table.add_column(name, justify="right" if name in ("steps", "guidance") else "left", overflow="fold")
     for name in names:
         table.add_column(score_of(name.rpartition("/")[2]).title, justify="right", min_width=8)
     for row, said in sorted(zip(rows, told, strict=True), key=lambda both: both[0]["scores"][f"{network}/fid"]):
-        scores = [number(float(f"{row['scores'][name]:.3g}")) for name in names]
+        errors = [row["scores"].get(f"{name}_standard_error", 0.0) for name in names]
+        scores = [
+            with_error(row["scores"][name], error) if error else number(float(f"{row['scores'][name]:.3g}"))
+            for name, error in zip(names, errors, strict=True)
+        ]
         table.add_row(*(said[name] for name in settings), *scores)
     Console().print(table)
     program.say("in all of them: " + ", ".join(f"{name} {value}" for name, value in same.items()))

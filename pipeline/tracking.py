@@ -18,7 +18,8 @@ from pipeline.config_evaluation import TrackingConfig
 from pipeline.errors import UsageError, blame
 
 EVALUATIONS = "evaluations.jsonl"
-ROW_KEYS = ("step", "ema", "guidance_scale", "num_inference_steps", "num_images", "references")  # whose row it is
+DRAWN_BY = ("num_inference_steps", "num_images", "asked")
+ROW_KEYS = ("step", "ema", "guidance_scale", *DRAWN_BY, "references", "held_out")  # whose row it is
 
 Row = dict[str, Any]
 
@@ -99,7 +100,7 @@ def read_evaluations(run: Path) -> list[Row]:
 def write_evaluation(run: Path, row: Row) -> None:
     """Add a row to RUN/evaluations.jsonl, in the place of one of the same model, drawn and compared alike."""
     with _alone(run):
-        kept = [each for each in read_evaluations(run) if any(each[key] != row[key] for key in ROW_KEYS)]
+        kept = [each for each in read_evaluations(run) if any(each.get(key) != row[key] for key in ROW_KEYS)]
         _write(run, sorted([*kept, row], key=lambda each: (each["step"], each["guidance_scale"])))
 
 

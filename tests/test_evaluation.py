@@ -21,10 +21,12 @@ from world import FORKSERVER, World, free_port, losses, rows, run_rank
 from pipeline.config_evaluation import EvaluationConfig
 from pipeline.config_file import load_config
 from pipeline.data.dataset import read_images
+from pipeline.evaluate import set_beside
 from pipeline.metrics.classifier import ImageClassifier
 from pipeline.metrics.distances import frechet_distance
 from pipeline.reporting import words
 from pipeline.reporting.charts import bookkeeping
+from pipeline.reporting.words import number
 from pipeline.score_rows import curves_of, flat_scores, told_apart
 
 IN_LOOP = ("evaluation.scores_every_steps=4", "evaluation.bits=true")
@@ -352,6 +354,48 @@ def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World,
     assert [name for name in other[0]["scores"] if name.startswith("classifier@") and name.endswith("/fid")]
 
 
+def test_other_held_out_images_are_another_curve(made: World, scored: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("train", *IN_LOOP, f"run_dir={run}", f"data.validation_images={made.root}/digits/train") == [0]
+    first, *_, last = evaluations(run)
+    assert len(evaluations(run)) == 6 and first["asked"] == last["asked"] and first["references"] != last["references"]
+    assert first["validation_images"] != last["validation_images"] and first["held_out"] != last["held_out"]
+    assert {name.partition("/")[0].partition("@")[1] for name in last["scores"] if "num_" not in name} == {"", "@"}
+    assert not [name for name in last["scores"] if name.startswith(("classifier/", "validation/classifier/"))]
+
+
+def test_after_a_training_with_few_images_card_and_report_have_the_numbers_of_many(
+    scored: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("export", f"run_dir={run}") == [0], scored.said()
+    words = (f"run_dir={run}", "evaluation.num_images=40", "evaluation.num_inference_steps=4")
+    assert scored.do("evaluate", *words) == [0], scored.said()
+    row = evaluations(run)[-1]
+    mark = next(name for name in row["references"]).removeprefix("classifier")
+    assert mark.startswith("@") and row["num_images"] == 40
+    scores = json.loads((run / "scores.json").read_text())
+    assert not [name for name in scores if "@" in name]
+    assert (scores["guidance_2/num_images"], scores["guidance_2/num_inference_steps"]) == (40, 4)
+    assert scores["references/classifier"] == row["references"][f"classifier{mark}"]
+    assert scores["asked"] == row["asked"] and scores["held_out"] == row["held_out"]
+    fid = scores["guidance_2/frechet_distance"]
+    assert fid == row["scores"][f"classifier{mark}/fid"] != evaluations(run)[-2]["scores"].get("classifier/fid")
+    card = (run / "export" / "README.md").read_text()
+    drawn = [each for each in evaluations(run) if each["num_images"] == 40]
+    of_card = [f"{each['scores'][f'classifier{mark}/fid']:,.4g}" for each in drawn]
+    real = f"{scores['validation/frechet_distance']:,.4g}"
+    assert f"in features of `classifier` | {real} | {' | '.join(of_card)} |" in card
+    assert "| images | 360 | 40 | 40 |" in card and "| steps of the sampler |  | 4 | 4 |" in card
+    best = min(each["scores"][f"classifier{mark}/fid"] for each in drawn)
+    said = " ".join(scored.said().split())
+    assert "N images against M = 360 training images" in said and "N = 360" in said and "N = 40" in said
+    assert "Fréchet distance: biased up, ~1/N" in said and "bits/dim, N = 8 held-out images" in said
+    assert f"<dd>{number(best)}</dd>" in (run / "report.html").read_text(encoding="utf-8")
+
+
 # Two models ---------------------------------------------------------------------------------------
 
 
@@ -378,9 +422,12 @@ def test_two_models_are_compared_in_pairs(scored: World, tmp_path: Path) -> None
         assert each["difference"] == each["a"] - each["b"] and each["low"] <= each["high"]
     assert found["differences"].keys() == {
         *(f"classifier/{name}" for name in ("fid", "kid", "precision", "density", "near_copy_share")), "accuracy",
+        "classifier/inception_score",
     }  # fmt: skip
     assert scored.do("export", f"run_dir={run}") == [0]
-    assert "50 resamples of 20 pairs" in compare(run / "export", late)
+    said = " ".join(compare(run / "export", late).split())
+    assert "50 resamples of 20 pairs" in said and "N = 20 pairs of images, M = 360 training images" in said
+    assert "Fréchet distance: biased up, ~1/N; Kernel distance: no bias, ± error" in said
     (same,) = json.loads((run / "evaluation" / "comparison.json").read_text())
     assert {(each["low"], each["high"]) for each in same["differences"].values()} == {(0, 0)}, "one and the same model"
     compare(run, run / "export")  # a run folder: its newest kept images
@@ -396,6 +443,66 @@ def test_two_models_are_compared_in_pairs(scored: World, tmp_path: Path) -> None
     assert "Traceback" not in log.read_text()
 
 
+def test_a_run_is_compared_by_its_own_newest_images(scored: World, tmp_path: Path) -> None:
+    """Not by those that sweeps drew, nor by those that a comparison drew for another's export."""
+    run, other, log = tmp_path / "run", tmp_path / "other" / "export", tmp_path / "log.txt"
+    shutil.copytree(scored.run_dir, run)
+    words = (f"run_dir={run}", "evaluation.bits=true")
+    at_2 = (*words, "evaluation.guidance_scales=[2.0]")
+    assert scored.do("export", *words) == [0]
+    assert scored.do("export", *words, "--step", "4", "--out", str(other)) == [0]
+    passport = json.loads((other / "training.json").read_text())
+    (other / "training.json").write_text(json.dumps(passport | {"checkpoint": "step-000000099"}))
+    swept = ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+    assert scored.do("sweep", *at_2, "--steps", "2", "4", "--interval", "0,0.5", "0,1", "--scheduler", *swept) == [0]
+
+    def compare(*folders: Path) -> dict[str, Any]:
+        assert scored.do("evaluate", *at_2, "--compare", *map(str, folders), "--resamples", "20", log=log) == [0]
+        (found,) = json.loads((run / "evaluation" / "comparison.json").read_text())
+        return found
+
+    apart = compare(run / "export", other)
+    own = next(row["kept_images"] for row in evaluations(run) if (row["step"], row["guidance_scale"]) == (8, 2.0))
+    assert apart["a"] == str(run / "evaluation" / own) and apart["models"][0] != apart["models"][1]
+    assert Path(apart["b"]).name.startswith("compared-step-000000099-guidance-2-")
+    assert apart["num_inference_steps"] == [2, 2] and apart["guidance_scales"] == [2, 2]
+    assert any(each["difference"] for each in apart["differences"].values())
+    drawn = {path: path.stat().st_mtime_ns for path in Path(apart["b"]).glob("*.npy")}
+    same = compare(run, run / "export")
+    assert same["a"] == same["b"] == apart["a"] and same["models"] == [apart["models"][0]] * 2
+    assert not any(each["difference"] for each in same["differences"].values())
+    assert compare(run, other) == apart | {"a": same["a"]}
+    assert {path: path.stat().st_mtime_ns for path in Path(apart["b"]).glob("*.npy")} == drawn, "drawn twice"
+    assert scored.do("evaluate", *at_2, "--checkpoint", "newest", "--ema", "decay-0.99") == [0]
+    assert compare(run, run / "export")["a"] == str(run / "evaluation" / evaluations(run)[-1]["kept_images"]) != own
+    assert scored.do("evaluate", *words, "evaluation.num_images=24", "--compare", str(run), str(run), log=log) == [2]
+    assert f"{run}: no export, no kept images and no run with an evaluation of 24 images by 2 steps" in log.read_text()
+
+
+def test_models_that_cannot_be_asked_the_same_are_not_compared(made: World, scored: World, tmp_path: Path) -> None:
+    from test_conditioned_runs import KINDS, world_of
+
+    text, run, log = world_of(made, tmp_path, KINDS["text"]), tmp_path / "classes", tmp_path / "refused.txt"
+    shutil.copytree(scored.run_dir, run)
+    assert scored.do("export", f"run_dir={run}") == [0]
+    assert text.do("train", "train.steps=4", "checkpoint.every_steps=4") == [0], text.said()
+    assert text.do("export", "train.steps=4", "checkpoint.every_steps=4") == [0], text.said()
+
+    def refused(*words: str) -> str:
+        log.write_text("")
+        assert scored.do("evaluate", f"run_dir={run}", *words, log=log) == [2], log.read_text()
+        assert "Traceback" not in log.read_text()
+        return log.read_text()
+
+    captioned, classes = str(text.run_dir / "export"), str(run / "export")
+    told = "is asked by captions, conditioning.kind=class has none"
+    assert f"{captioned}: {told}" in refused("--compare", classes, captioned)
+    told = "is asked for one of 10 classes, conditioning.num_classes=12"
+    assert f"{classes}: {told}" in refused("conditioning.num_classes=12", "--compare", classes, classes)
+    nothing = refused("evaluation.features=[]", "--compare", classes, classes)
+    assert "evaluation.features: no network is there to score with; name one" in nothing
+
+
 # Rows and names -----------------------------------------------------------------------------------
 
 
@@ -403,7 +510,8 @@ def row_of(**other: Any) -> dict[str, Any]:
     scores = {"net/fid": 1.0, "accuracy": 0.5, "clip_score": 20.0, "validation/net/fid": 0.1, "bits_per_dim": 2.0}
     row = {
         "step": 1, "checkpoint": None, "ema": "a", "guidance_scale": 2.0, "num_inference_steps": 5, "num_images": 10,
-        "references": {"net": "f" * 16}, "held_out": "e" * 16, "scores": scores | {"validation_loss/band-0": 1.0},
+        "asked": "a" * 16, "validation_images": "d" * 16, "held_out": "e" * 16, "kept_images": "step-1-guidance-2-0",
+        "references": {"net": "f" * 16}, "scores": scores | {"validation_loss/band-0": 1.0},
     }  # fmt: skip
     return row | other
 
@@ -415,7 +523,13 @@ def test_numbers_of_another_reference_have_a_curve_of_their_own() -> None:
     first = row_of()
     assert told_apart([], first, SETTINGS) == first
     assert told_apart([first], row_of(step=2), SETTINGS)["scores"] == first["scores"]
-    for other in ({"references": {"net": "0" * 16}}, {"num_images": 20}, {"num_inference_steps": 6}):
+    for other in (
+        {"references": {"net": "0" * 16}},
+        {"num_images": 20},
+        {"num_inference_steps": 6},
+        {"asked": "0" * 16},
+        {"validation_images": "0" * 16},
+    ):
         found = told_apart([first], row_of(step=2, **other), SETTINGS)["scores"]
         (name,) = (name for name in found if name.startswith("net@") and name.endswith("/fid"))
         mark = name.removeprefix("net@").removesuffix("/fid")
@@ -425,6 +539,7 @@ def test_numbers_of_another_reference_have_a_curve_of_their_own() -> None:
         }  # fmt: skip
         again = told_apart([first, row_of(step=2, scores=found)], row_of(step=3, **other), SETTINGS)
         assert again["scores"].keys() == found.keys(), "and it stays the same curve"
+        assert flat_scores([row_of(scores=found)]) == flat_scores([first]), "the newest need no fingerprint"
     of_others = told_apart([first], row_of(held_out="1" * 16), SETTINGS)["scores"]
     assert {"validation_loss@11111111/band-0", "bits_per_dim@11111111", "net/fid"} <= of_others.keys()
     back = told_apart([first, row_of(references={"net@0": "0" * 16})], row_of(step=3), SETTINGS)
@@ -439,7 +554,17 @@ def test_curves_and_flat_names() -> None:
     assert set(flat_scores([row])) == {
         "checkpoint", "ema", "guidance_2/num_images", "guidance_2/net/fid", "guidance_2/class_accuracy",
         "guidance_2/clip_score", "validation/net/fid", "bits_per_dim", "validation_loss/band-0",
+        "guidance_2/num_inference_steps", "asked", "validation_images", "held_out", "references/net",
     }  # fmt: skip
+
+
+def test_shares_of_the_real_images_are_given_for_every_network() -> None:
+    row = row_of(references={"classifier": "f", "net@0": "f"})
+    scores = {"validation/net/recall": 0.5, "guidance_2/net/recall_equal_n": 0.25, "guidance_2/recall_equal_n": 0.25}
+    scores |= {"validation/coverage": 0.8, "guidance_2/coverage_equal_n": 0.4}
+    set_beside(scores, [row])
+    shares = {name: value for name, value in scores.items() if name.endswith("_of_validation")}
+    assert shares == {"guidance_2/net/recall_of_validation": 0.5, "guidance_2/coverage_of_validation": 0.5}
 
 
 # Other networks -----------------------------------------------------------------------------------
@@ -467,7 +592,15 @@ def test_a_text_run_is_scored_by_a_backbone_and_by_clip(made: World, tmp_path: P
     assert world.do("evaluate", *words) == [0], world.said()
     close([row], evaluations(world.run_dir))
     assert (world.run_dir / "evaluation" / "nearest-guidance_2.png").stat().st_size > 500
-    assert "validation/dinov2/fid" in json.loads((world.run_dir / "scores.json").read_text())
+    scores = json.loads((world.run_dir / "scores.json").read_text())
+    assert "validation/dinov2/fid" in scores
+    shown = " | ".join(f"{scores[f'{where}/dinov2/fid']:,.4g}" for where in ("validation", "guidance_2"))
+    assert f"in features of `dinov2` | {shown} |" in (world.run_dir / "export" / "README.md").read_text()
+    assert "<dt>Fréchet distance (dinov2)</dt>" in (world.run_dir / "report.html").read_text(encoding="utf-8")
+    assert world.do("train", *words, f"data.validation_images={made.root}/digits/train") == [0], world.said()
+    again = evaluations(world.run_dir)[-1]
+    assert again["asked"] != row["asked"], "captions are those of the held-out set"
+    assert not {"clip_score", "clip/fid", "dinov2/fid"} & again["scores"].keys()
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from world import World, small_config
 
 from pipeline.config_file import load_config
 from pipeline.errors import UsageError
+from pipeline.model_card import model_card
 from pipeline.reporting import words
 from pipeline.reporting.evaluations import evaluation_charts
 from pipeline.reporting.images import MAX_BYTES, MAX_SIDE, embed, evenly
@@ -182,6 +183,44 @@ def test_a_run_is_told_in_words_and_figures(run: Path) -> None:
     assert sweep["Fréchet distance"]["level"] == [0.1053, "real images"]
 
 
+def test_numbers_of_images_and_what_few_of_them_do_stand_beside_the_scores(run: Path) -> None:
+    names = ("frechet_distance", "kernel_distance", "recall", "inception_score", "class_accuracy")
+    scores: dict[str, Any] = {f"{where}/{name}": 0.5 for where in ("validation", "guidance_2") for name in names}
+    scores |= {"validation/num_images": 360, "guidance_2/num_images": 1000, "guidance_2/num_train_images": 1437}
+    scores |= {"likelihood/num_images": 64, "likelihood/ode_num_images": 16}
+    scores |= {f"likelihood/{name}_bits_per_dim": 2.5 for name in ("bound", "ode")}
+    (run / "scores.json").write_text(json.dumps(scores))
+    measured = {"reconstruction/psnr_db": 30.0, "reconstruction/num_images": 360, "latent/scale": 1.5}
+    (run.parent / "vae" / "measured").mkdir(parents=True)
+    (run.parent / "vae" / "measured" / "scores.json").write_text(json.dumps(measured))
+    page = page_of(run)
+    for said in (
+        "M = 1,437 real training images are the reference",
+        "Score real, held out, N = 360 guidance 2, N = 1,000 bias",
+        "Fréchet distance ↓ 0.500 0.500 biased up, ~1/N",
+        "Kernel distance ↓ 0.500 0.500 no bias, ± error",
+        "Recall ↑ 0.500 0.500 grows with N",
+        "Inception score ↑ 0.500 0.500 biased down, small N",
+        "Fréchet distance 0.500 at guidance 2; real images 0.500; N = 1,000",
+        "Variational bound of the latents 2.50 N = 64",
+        "Likelihood of the latents by the ODE 2.50 N = 16",
+        "PSNR 30 dB N = 360 Latents are scaled by 1.50",
+    ):
+        assert said in page.words, said
+
+
+def test_the_first_networks_distance_is_the_first_figure(run: Path) -> None:
+    scores = {"guidance_1/frechet_distance": 7.25, "guidance_1/dinov2/fid": 31.5, "validation/dinov2/fid": 12.5}
+    for networks, said in (
+        (("classifier", "dinov2"), "Fréchet distance 7.25 at guidance 1"),
+        (("dinov2", "classifier"), "Fréchet distance (dinov2) 31.5 at guidance 1; real images 12.5"),
+    ):
+        references = {f"references/{name}": "f" * 16 for name in networks}
+        (run / "scores.json").write_text(json.dumps(references | scores))
+        first = page_of(run).words.partition("Samples")[2]
+        assert said in first
+
+
 def test_what_users_write_is_never_html(run: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["conditioning"] |= {"num_classes": 2, "class_names": [EVIL, "two"]}
@@ -262,6 +301,22 @@ def test_broken_files_are_passed_over(run: Path) -> None:
     assert "2 lines could not be read" in page.words
     assert "Not looked for yet" in page.words
     assert page.charts("evaluation")["Fréchet distance"]["x"] == [2]
+
+
+@pytest.mark.parametrize("version", ["this", "another"])
+def test_keys_of_a_store_are_not_told(run: Path, version: str) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["remote"] = {"options": {"key": "AKIA-secret", "client_kwargs": {"token": "hidden-secret"}}}
+    text = yaml.safe_dump(config | ({} if version == "this" else {"not_known": 1}))
+    (run / "config.yaml").write_text(text)
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "secret" not in page and "client_kwargs: &#39;***&#39;" in page and "image_size: 16" in page
+    assert (run / "config.yaml").read_text() == text
+    if version == "this":
+        state = {"latents": {"origin": {"source_fingerprint": "f", "encoder_sha256": "e"}, "scale": 1.0}, "step": 8}
+        said = {"weights": "decay-0.9", "license_id": "other", "stock": False, "prompt": None}
+        card = model_card(load_config(run / "config.yaml"), state | {"data": {"position": 96}}, **said)
+        assert "secret" not in card and "client_kwargs: '***'" in card and "image_size: 16" in card
 
 
 def test_a_config_of_another_version_leaves_the_rest(run: Path) -> None:
@@ -363,6 +418,8 @@ def evaluation(step: int, guidance: float = 1.0, **changed: Any) -> dict[str, An
         "guidance_scale": guidance,
         "num_inference_steps": 25,
         "num_images": 100,
+        "asked": "a1",
+        "validation_images": "v1",
         "references": {"classifier": "f1"},
         "scores": {"frechet_distance": step / 10},
         **changed,
@@ -386,6 +443,8 @@ def test_what_was_measured_alike_is_one_curve() -> None:
     ("changed", "label"),
     [
         ({"references": {"classifier": "f2"}}, "references 2"),
+        ({"asked": "a2"}, "wishes 2"),
+        ({"validation_images": "v2"}, "held-out set 2"),
         ({"ema": "decay-0.99"}, "decay-0.99"),
         ({"num_images": 5000}, "5,000 images"),
         ({"num_inference_steps": 50}, "50 steps"),

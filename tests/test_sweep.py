@@ -37,6 +37,9 @@ def test_every_combination_is_scored_once_as_evaluate_scores_it(exported: World)
     assert points == [(n, *rest) for n in (2, 4) for rest in ((1.0, (0, 1)), (2.0, (0, 1)), (2.0, (0, 0.5)))]
     scores = [row["scores"]["classifier/fid"] for row in found["rows"]]
     assert len(set(scores)) == 6  # each setting changes the images
+    said = " ".join(exported.said().split())
+    assert "N = 20 images of each, M = 360 training images" in said
+    assert "Fréchet distance: biased up, ~1/N; Kernel distance: no bias, ± error" in said
     with Image.open(exported.run_dir / "evaluation" / "sweep.png") as picture:
         picture.verify()
 

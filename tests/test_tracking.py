@@ -25,6 +25,7 @@ def write(folder: Path, config: TrackingConfig, *, after_step: int, steps: range
 
 def row_of(step: int, **other: Any) -> dict[str, Any]:
     row = {"step": step, "ema": "a", "guidance_scale": 1.0, "num_inference_steps": 5, "num_images": 10}
+    row |= {"asked": "w", "validation_images": "v", "held_out": "h"}
     return row | {"references": {"net": "f"}, "scores": {"net/fid": float(step)}} | other
 
 
@@ -52,11 +53,13 @@ def test_evaluations_of_lost_steps_are_dropped_and_one_of_the_same_model_is_repl
     assert found[0]["scores"] == {"net/fid": 0.0}
     write_evaluation(tmp_path, row_of(4, num_images=20))
     write_evaluation(tmp_path, row_of(4, references={"net": "0"}))
-    assert len(read_evaluations(tmp_path)) == 5, "others are not replaced"
+    write_evaluation(tmp_path, row_of(4, asked="other wishes"))
+    write_evaluation(tmp_path, row_of(4, held_out="other images"))
+    assert len(read_evaluations(tmp_path)) == 7, "others are not replaced"
     with (tmp_path / "evaluations.jsonl").open("a") as file:
         file.write('{"step": 9')  # torn by a kill
     write(tmp_path, TrackingConfig(tensorboard=False), after_step=7, steps=range(8, 9))
-    assert [row["step"] for row in read_evaluations(tmp_path)] == [4] * 4
+    assert [row["step"] for row in read_evaluations(tmp_path)] == [4] * 6
 
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.metrics.answers import inception_score
 from pipeline.metrics.arrays import Features, check_features
 from pipeline.metrics.distances import KernelSums, cubic_kernel, frechet_distance, kernel_distance
 
@@ -76,6 +77,21 @@ class Mean:
         return float(counts @ self.values / counts.sum())
 
 
+class InceptionScore:
+    """The Inception Score (`inception_score`): exp(E Σ_k p_k ln p_k - Σ_k m_k ln m_k), m the mean of the p."""
+
+    def __init__(self, probabilities: NDArray[np.floating]) -> None:
+        """probabilities [N,K]."""
+        self.value = inception_score(probabilities)
+        self.probabilities = np.asarray(probabilities, dtype=np.float64)
+        self.certainty = _p_ln_p(self.probabilities).sum(axis=1)  # [N]
+
+    def of(self, counts: Counts) -> float:
+        """See Score."""
+        share = counts / counts.sum()
+        return float(np.exp(share @ self.certainty - _p_ln_p(share @ self.probabilities).sum()))
+
+
 class KernelScore:
     """The squared MMD from real images (`kernel_distance`), of pairs of different images in a resample too.
 
@@ -88,7 +104,9 @@ class KernelScore:
         sums = KernelSums.of(x, y, rows_at_once)
         self.of_real = float(sums.real.sum()) / (len(x) * (len(x) - 1))
         self.with_real = sums.fake_real / len(x)  # [N]
-        self.pairs = cubic_kernel(y, y).astype(np.float32)  # [N,N]: half the memory, right to 1e-7
+        self.pairs = np.empty((len(y), len(y)), np.float32)  # [N,N]: half the memory, right to 1e-7
+        for start in range(0, len(y), rows_at_once):
+            self.pairs[start : start + rows_at_once] = cubic_kernel(y[start : start + rows_at_once], y)
         np.fill_diagonal(self.pairs, 0)
 
     def of(self, counts: Counts) -> float:
@@ -125,3 +143,7 @@ class FrechetScore:
         eigenvalues = np.linalg.eigvalsh(z @ z.T if len(z) < z.shape[1] else z.T @ z)
         shared = 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()
         return float(np.square(self.mean - mean).sum() + self.trace + trace - shared)
+
+
+def _p_ln_p(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    return p * np.log(p, out=np.zeros_like(p), where=p > 0)  # 0 ln 0 = 0

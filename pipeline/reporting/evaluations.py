@@ -56,6 +56,8 @@ def way_of(row: Mapping[str, Any], name: str) -> Json:
         "guidance": row.get("guidance_scale"),
         "steps": row.get("num_inference_steps"),
         "images": row.get("num_images"),
+        "wishes": row.get("asked"),
+        "held-out set": row.get("validation_images"),
         "references": mine,
     }
 
@@ -87,13 +89,16 @@ def score_chart(
 
 
 def told_apart(ways: Sequence[Json]) -> list[str]:
-    """In words, what each way has that not all have; references, whose fingerprints are long, are numbered."""
+    """In words, what each way has that not all have; fingerprints, which are long, are numbered."""
 
     def canonical(way: Json, name: str) -> str:
         return json.dumps(way.get(name), sort_keys=True, default=str)
 
     differing = [name for name in ways[0] if len({canonical(way, name) for way in ways}) > 1]
-    references = list(dict.fromkeys(canonical(way, "references") for way in ways))
+
+    def numbered(way: Json, name: str) -> str:
+        known = list(dict.fromkeys(canonical(each, name) for each in ways))
+        return f"{name} {1 + known.index(canonical(way, name))}"
 
     def said(way: Json, name: str) -> str:
         value = way[name]
@@ -102,8 +107,8 @@ def told_apart(ways: Sequence[Json]) -> list[str]:
                 return f"guidance {value:g}" if is_number(value) else "no guidance"
             case "band":
                 return f"band {value}" + (" (least noise)" if value == "0" else "")
-            case "references":
-                return f"references {1 + references.index(canonical(way, name))}"
+            case "references" | "wishes" | "held-out set":
+                return numbered(way, name)
             case "ema":
                 return str(value)
             case _:

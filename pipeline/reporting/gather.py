@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import environment, files
 from pipeline.config import Config
-from pipeline.config_file import load_config
+from pipeline.config_file import load_config, without_secrets
 from pipeline.data.index import ShardSet
 from pipeline.errors import UsageError
 from pipeline.reporting.rows import Table, read_objects, read_table
@@ -46,7 +46,7 @@ class Gathered:
 
     run: Path
     config: Config | None
-    config_text: str
+    config_text: str  # without secrets
     config_error: str | None
     status: Json
     live: bool  # whether a process works on it now
@@ -72,7 +72,7 @@ def gather(run: Path) -> Gathered:
     """Read a run's folder, whoever writes it at the same time.  Raises UsageError where it is none."""
     if not (run / "config.yaml").exists():
         raise UsageError(f"{run}: no run here (no config.yaml); train makes one")
-    config_text = (run / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    config_text = without_secrets((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
     config, config_error = None, None
     try:
         config = load_config(run / "config.yaml")

@@ -20,7 +20,15 @@ from pipeline.reporting.charts import bound_charts, sweep_charts, training_chart
 from pipeline.reporting.evaluations import evaluation_charts
 from pipeline.reporting.gather import Gathered, gather
 from pipeline.reporting.images import Embedded, embed, evenly
-from pipeline.reporting.tables import figures, likelihood_rows, score_columns, score_rows, state_of, vae_rows
+from pipeline.reporting.tables import (
+    figures,
+    likelihood_rows,
+    num_reference_images,
+    score_columns,
+    score_rows,
+    state_of,
+    vae_rows,
+)
 
 NAME = "report.html"
 VAE_FIRST, VAE_CHARTS = ("reconstruction",), ("Reconstruction", "Loss", "KL, nats per element", "Coverage")
@@ -85,6 +93,7 @@ def render(found: Gathered) -> str:
             num_frames=len(list(found.run.glob("samples/step-*.png"))),
             score_columns=score_columns(found.scores),
             score_rows=score_rows(found.scores),
+            num_reference_images=num_reference_images(found.scores),
             likelihood_rows=likelihood_rows(found.scores),
             vae_rows=vae_rows(found),
             pictures=pictures(found),

@@ -12,6 +12,7 @@ from pipeline.reporting import words
 from pipeline.reporting.charts import OF_GUIDANCE, bookkeeping, is_number
 from pipeline.reporting.gather import Gathered, Json
 from pipeline.reporting.words import Score, score_of
+from pipeline.score_rows import first_network, flat_name
 
 STATES = {
     "running": "running",
@@ -65,7 +66,7 @@ def figures(found: Gathered) -> list[tuple[str, str, str]]:
         losses = table.columns["loss"][~np.isnan(table.columns["loss"])]
         if len(losses):
             made.append(("Loss", words.number(float(losses[-1])), f"lowest {words.number(float(losses.min()))}"))
-    for name in ("frechet_distance", "class_accuracy"):
+    for name in (flat_name(first_network(found.scores), "fid"), "class_accuracy"):
         by_scale = {
             match[1]: value
             for key, value in found.scores.items()
@@ -77,16 +78,29 @@ def figures(found: Gathered) -> list[tuple[str, str, str]]:
             more = f"at guidance {scale}"
             if is_number(real := found.scores.get(f"validation/{name}")):
                 more += f"; real images {score.write(real)}"
+            if is_number(drawn := found.scores.get(f"guidance_{scale}/num_images")):
+                more += f"; N = {words.number(drawn)}"
             made.append((score.title, score.write(by_scale[scale]), more))
     return made
 
 
 def score_columns(scores: Json) -> list[tuple[str, str]]:
-    """(prefix, heading) of the score table: real images, then each guidance scale."""
+    """(prefix, heading) of the score table: real images, then each guidance scale; N of each in its heading."""
     drawn = list(dict.fromkeys(name.partition("/")[0] for name in scores if name.startswith("guidance_")))
     found = [(prefix, f"guidance {prefix.removeprefix('guidance_')}") for prefix in drawn]
-    real = any(name.startswith("validation/") for name in scores)
-    return [("validation", "real, held out"), *found] if real else found
+    if any(name.startswith("validation/") for name in scores):
+        found = [("validation", "real, held out"), *found]
+    counts = {prefix: scores.get(f"{prefix}/num_images") for prefix, _ in found}
+    return [
+        (prefix, f"{said}, N = {words.number(count)}" if is_number(count := counts[prefix]) else said)
+        for prefix, said in found
+    ]
+
+
+def num_reference_images(scores: Json) -> int | float | None:
+    """M: how many real training images the scores compare with."""
+    known = (v for k, v in scores.items() if k.endswith(("/num_train_images", "/num_reference_images")))
+    return next(filter(is_number, known), None)
 
 
 def score_rows(scores: Json) -> list[ScoreRow]:
@@ -102,7 +116,7 @@ def score_rows(scores: Json) -> list[ScoreRow]:
         ScoreRow(
             score_of(name),
             [written(prefix, name) for prefix in columns],
-            aside=bookkeeping(name) and name != "num_images",
+            aside=bookkeeping(name),
         )
         for name in names
         if not name.endswith("_standard_error")
@@ -119,13 +133,22 @@ LIKELIHOODS = {
 }
 
 
-def likelihood_rows(scores: Json) -> list[tuple[str, str]]:
-    """What held-out images cost, with its standard error."""
+def likelihood_rows(scores: Json) -> list[tuple[str, str, str]]:
+    """What held-out images cost, with its standard error, and how many of them there were."""
     return [
-        (title, words.with_error(scores[key], scores.get(f"likelihood/{name}_standard_error", 0.0)))
+        (
+            title,
+            words.with_error(scores[key], scores.get(f"likelihood/{name}_standard_error", 0.0)),
+            counted(scores, f"likelihood/{'ode_' if name == 'ode' else ''}num_images"),
+        )
         for name, title in LIKELIHOODS.items()
         if isinstance(scores.get(key := f"likelihood/{name}_bits_per_dim"), int | float)
     ]
+
+
+def counted(scores: Mapping[str, Any], name: str) -> str:
+    """A number of images as a table has it; nothing where it is not known."""
+    return f"N = {words.number(count)}" if is_number(count := scores.get(name)) else ""
 
 
 VAE_SCORES = {
@@ -141,17 +164,17 @@ VAE_SCORES = {
 }
 
 
-def vae_rows(found: Gathered) -> list[tuple[str, str]]:
-    """The autoencoder's measures; what evaluate found where it was not measured by itself."""
+def vae_rows(found: Gathered) -> list[tuple[str, str, str]]:
+    """The autoencoder's measures and of how many images; what evaluate found where it was not measured by itself."""
     measured: Mapping[str, Any] = found.vae_scores
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[str, str, str]] = []
     for name, (title, unit) in VAE_SCORES.items():
         value, error = measured.get(name), measured.get(f"{name}_standard_error")
         if isinstance(value, int | float):
             said = words.with_error(value, error) if isinstance(error, int | float) else words.number(value)
-            rows.append((title, f"{said} {unit}".rstrip()))
+            rows.append((title, f"{said} {unit}".rstrip(), counted(measured, f"{name.partition('/')[0]}/num_images")))
     if dead := measured.get("latent/dead_channels"):
-        rows.append(("Channels that say nothing", ", ".join(map(str, dead))))
+        rows.append(("Channels that say nothing", ", ".join(map(str, dead)), ""))
     if not rows and isinstance(psnr := found.scores.get("vae/psnr_db"), int | float):
-        rows.append(("PSNR", f"{words.number(psnr)} dB"))
+        rows.append(("PSNR", f"{words.number(psnr)} dB", counted(found.scores, "vae/num_images")))
     return rows

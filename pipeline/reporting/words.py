@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import floor, isfinite, log10
 from pathlib import Path
@@ -16,11 +17,12 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Score:
-    """What a score is called, which way is better, and how its value is written."""
+    """What a score is called, which way is better, how its value is written, and what few images do to it."""
 
     title: str
     better: Literal["up", "down", ""] = ""
     percent: bool = False
+    bias: str = ""  # N images are drawn, M real ones are the reference
 
     def write(self, value: Any) -> str:
         """A value in words; nothing where there is none."""
@@ -29,21 +31,23 @@ class Score:
         return f"{100 * value:.1f}\N{NO-BREAK SPACE}%" if self.percent else number(value)
 
 
+UP, DOWN, NONE = "biased up, ~1/N", "biased down, small N", "no bias, ± error"
+GROWS, OF_M = "grows with N", "depends on M"
 SCORES = {
     "class_accuracy": Score("Class accuracy", "up", percent=True),
     "accuracy": Score("Class accuracy", "up", percent=True),
-    "frechet_distance": Score("Fréchet distance", "down"),
+    "frechet_distance": Score("Fréchet distance", "down", bias=UP),
     "frechet_distance_equal_n": Score("Fréchet distance, at equal numbers", "down"),
-    "fid": Score("Fréchet distance", "down"),
+    "fid": Score("Fréchet distance", "down", bias=UP),
     "fid_equal_n": Score("Fréchet distance, at equal numbers", "down"),
-    "kernel_distance": Score("Kernel distance", "down"),
-    "kid": Score("Kernel distance", "down"),
-    "inception_score": Score("Inception score", "up"),
+    "kernel_distance": Score("Kernel distance", "down", bias=NONE),
+    "kid": Score("Kernel distance", "down", bias=NONE),
+    "inception_score": Score("Inception score", "up", bias=DOWN),
     "clip_score": Score("CLIP score", "up"),
-    "precision": Score("Precision", "up"),
-    "recall": Score("Recall", "up"),
-    "density": Score("Density"),
-    "coverage": Score("Coverage", "up"),
+    "precision": Score("Precision", "up", bias=OF_M),
+    "recall": Score("Recall", "up", bias=GROWS),
+    "density": Score("Density", bias=OF_M),
+    "coverage": Score("Coverage", "up", bias=GROWS),
     "recall_equal_n": Score("Recall, at equal numbers", "up"),
     "coverage_equal_n": Score("Coverage, at equal numbers", "up"),
     "recall_of_validation": Score("Recall, of the real images'", "up", percent=True),
@@ -53,6 +57,7 @@ SCORES = {
     "nearest_train_median_levels": Score("Nearest training image: median, levels"),
     "kernel_distance_std": Score("Kernel distance: spread"),
     "num_images": Score("Images"),
+    "num_inference_steps": Score("Steps of the sampler"),
     "num_train_images": Score("Training images"),
     "num_images_equal_n": Score("Images, for equal numbers"),
     "num_reference_images": Score("Reference images"),
@@ -70,6 +75,15 @@ def score_of(name: str) -> Score:
     if head and (known := SCORES.get(last)):
         return replace(known, title=f"{known.title} ({head})")
     return Score(readable(name))
+
+
+def biases(names: Iterable[str]) -> str:
+    """What few images do to each of these scores, whatever network's they are, in one line."""
+    of_bias: dict[str, dict[str, None]] = {}
+    for score in (score_of(name.rpartition("/")[2]) for name in names):
+        if score.bias:
+            of_bias.setdefault(score.bias, {})[score.title] = None
+    return "; ".join(f"{', '.join(titles)}: {bias}" for bias, titles in of_bias.items())
 
 
 def readable(name: str) -> str:

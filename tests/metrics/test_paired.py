@@ -1,10 +1,13 @@
 """Paired differences: what a resample is, how wide an interval gets, and that it holds what it promises."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from pipeline.metrics.answers import inception_score
 from pipeline.metrics.distances import frechet_distance
-from pipeline.metrics.paired import FrechetScore, KernelScore, Mean, paired_differences
+from pipeline.metrics.paired import FrechetScore, InceptionScore, KernelScore, Mean, paired_differences
 
 
 def features(num, width=3, seed=0, mean=0.0):
@@ -72,3 +75,22 @@ def test_an_interval_is_a_function_of_the_seed_and_a_better_model_is_seen():
     assert all(each.high < 0 for each in found.values())
     with pytest.raises(ValueError, match="300 images and 5 resamples came"):
         paired_differences(*sides, 300, seed=3, num_resamples=5)
+
+
+def test_an_inception_score_of_a_resample_is_that_of_the_repeated_images():
+    probabilities = np.random.default_rng(0).dirichlet([0.2, 0.5, 1.0], 30)
+    probabilities[0] = [1, 0, 0]
+    score = InceptionScore(probabilities)
+    assert score.value == inception_score(probabilities) == pytest.approx(score.of(np.ones(30)))
+    chosen = np.random.default_rng(1).integers(0, 30, 30)
+    counts = np.bincount(chosen, minlength=30).astype(float)
+    assert score.of(counts) == pytest.approx(inception_score(probabilities[chosen]))
+
+
+def test_the_kernel_of_all_pairs_takes_four_bytes_for_each():
+    real, fake = features(40, width=8), features(3000, width=8, seed=1)
+    tracemalloc.start()
+    KernelScore(real, fake, rows_at_once=128)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 4 * 3000**2 <= most < 1.5 * 4 * 3000**2
