@@ -1,4 +1,4 @@
-"""The tests of the mathematics would notice: each of these slips, made in a copy of the project, makes one fail."""
+"""The tests of mathematics and metrics would notice: each of these slips, made in a copy, makes one fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from world import FORKSERVER
 
 ROOT = Path(__file__).resolve().parents[2]
-DIFFUSION = "tests/diffusion"
+DIFFUSION, METRICS = "tests/diffusion", "tests/metrics"
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,42 @@ SLIPS = (
         "LIKELIHOOD_NOISE = 16",
         "LIKELIHOOD_NOISE = 14",
         "tests/data/test_draws.py",
+    ),
+    # a measure of something else
+    Slip(
+        "KID's kernel without its cube",
+        "pipeline/metrics/distances.py",
+        "return (x @ y.T / x.shape[1] + 1) ** 3",
+        "return (x @ y.T / x.shape[1] + 1) ** 2",
+        f"{METRICS}/test_distances.py",
+    ),
+    Slip(
+        "KID's pairs of all, each with itself",
+        "pipeline/metrics/distances.py",
+        "return real / (n * (n - 1)) + fake / (m * (m - 1))",
+        "return real / (n * n) + fake / (m * m)",
+        f"{METRICS}/test_distances.py",
+    ),
+    Slip(
+        "coverage by drawn images, not by real ones",
+        "pipeline/metrics/manifold.py",
+        "num_covered += int(inside.any(axis=1).sum())",
+        "num_covered += int(inside.any(axis=0).sum())",
+        f"{METRICS}/test_manifold.py",
+    ),
+    Slip(
+        "near copies against the median held-out image",
+        "pipeline/metrics/neighbours.py",
+        "threshold = validation_levels.min()",
+        "threshold = np.median(validation_levels)",
+        f"{METRICS}/test_neighbours.py",
+    ),
+    Slip(
+        "two models' resamples, not of the same images",
+        "pipeline/metrics/paired.py",
+        "row[:] = [a[name].of(counts) - b[name].of(counts)",
+        "row[:] = [a[name].of(counts) - b[name].of(generator.permutation(counts))",
+        f"{METRICS}/test_paired.py",
     ),
 )
 
