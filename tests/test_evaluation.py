@@ -357,7 +357,8 @@ def test_a_finished_run_is_evaluated_again_only_for_other_numbers(scored: World,
 def test_other_held_out_images_are_another_curve(made: World, scored: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(scored.run_dir, run)
-    assert scored.do("train", *IN_LOOP, f"run_dir={run}", f"data.validation_images={made.root}/digits/train") == [0]
+    others = f"data.validation_images={made.root}/digits/validation"
+    assert scored.do("train", *IN_LOOP, f"run_dir={run}", others) == [0]
     first, *_, last = evaluations(run)
     assert len(evaluations(run)) == 6 and first["asked"] == last["asked"] and first["references"] != last["references"]
     assert first["validation_images"] != last["validation_images"] and first["held_out"] != last["held_out"]
@@ -597,7 +598,7 @@ def test_a_text_run_is_scored_by_a_backbone_and_by_clip(made: World, tmp_path: P
     shown = " | ".join(f"{scores[f'{where}/dinov2/fid']:,.4g}" for where in ("validation", "guidance_2"))
     assert f"in features of `dinov2` | {shown} |" in (world.run_dir / "export" / "README.md").read_text()
     assert "<dt>Fréchet distance (dinov2)</dt>" in (world.run_dir / "report.html").read_text(encoding="utf-8")
-    assert world.do("train", *words, f"data.validation_images={made.root}/digits/train") == [0], world.said()
+    assert world.do("train", *words, f"data.validation_images={made.root}/digits/validation") == [0], world.said()
     again = evaluations(world.run_dir)[-1]
     assert again["asked"] != row["asked"], "captions are those of the held-out set"
     assert not {"clip_score", "clip/fid", "dinov2/fid"} & again["scores"].keys()
