@@ -141,7 +141,8 @@ class EvaluationConfig(Section):
     max_reference_images: int = Field(
         default=50_000,
         gt=1,
-        description="Real images at most that samples are compared with, evenly spaced over the set.",
+        description="Real images at most that samples are compared with, evenly spaced over the set; of a mix in the "
+        "shares of data.weights.",
     )
     batch_images: int = Field(default=100, gt=0, description="Images per sampler call.")
     decode_slices: bool = Field(
@@ -160,6 +161,14 @@ class EvaluationConfig(Section):
         default=False, description="Count the bits of held-out images (likelihood.num_images) while training too."
     )
     likelihood: LikelihoodConfig = LikelihoodConfig()
+
+    @model_validator(mode="after")
+    def _bits_are_of_images(self) -> Self:
+        if self.bits and not self.likelihood.num_images:
+            raise ValueError(
+                "bits: true came with likelihood.num_images: 0, of which none are counted; 2 or more was wanted"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -288,6 +288,7 @@ def test_an_ill_typed_item_of_a_list_names_the_lists_line(path: Path) -> None:
         ("conditioning.class_names=[a, b, a]", "class_names has a name twice"),
         ("evaluation.num_inference_steps=7", "evaluation.num_inference_steps=7 must divide"),
         ("evaluation.likelihood.num_images=1", "evaluation.likelihood.num_images: 1 came; 2 or more was wanted"),
+        ("evaluation={bits: true, likelihood: {num_images: 0}}", "bits: true came with likelihood.num_images: 0"),
         ("evaluation.likelihood.ode_images=1", "evaluation.likelihood.ode_images: 1 came; 2 or more was wanted"),
         ("ema.decays=[]", "decays and sigma_rels are both empty"),
         ("ema.decays=[0.9,0.99,0.9]", "decays names an average twice"),
