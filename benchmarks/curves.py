@@ -158,7 +158,7 @@ def promise(title: str, best: dict[int, dict[float, float]], plain: dict[int, di
     """
     target = mean_at(plain, 1.0)
     ends, halves = ([by[share] for by in of.values() if share in by] for of, share in ((plain, 1.0), (best, 0.5)))
-    each = " ".join(f"{half / target:.3g}" for half in halves)
+    each = " ".join(f"{half / target:.2f}" for half in halves)
     told = f"{title}: distance with half of plain's images, over plain's with all; each seed's {each}"
     figure(told, mean_at(best, 0.5) / target, "<= 1", "ratio")
     cells = [
@@ -199,19 +199,25 @@ def table(title: str, data: str, points: Points) -> Iterator[str]:
         if name.endswith(SOLVED):
             continue
         cells = [
-            f"{1000 * mean_at(by_seed, share):.4g}" if any(share in of_seed for of_seed in by_seed.values()) else ""
+            thousandths(mean_at(by_seed, share)) if any(share in of_seed for of_seed in by_seed.values()) else ""
             for share in shares
         ]
         last = max(share for of_seed in by_seed.values() for share in of_seed)
-        ends = [1000 * of_seed[last] for of_seed in by_seed.values() if last in of_seed]
+        ends = [of_seed[last] for of_seed in by_seed.values() if last in of_seed]
         common = {share: mean_at(by_seed, share) for share in set.intersection(*map(set, by_seed.values()))}
         rivals = {seed: points[PLAIN][seed] for seed in by_seed if seed in points[PLAIN]}
         needed = images_needed(common, mean_at(rivals or points[PLAIN], 1.0))
         told = "" if len(common) < 2 else f"{needed:.2f}" if math.isfinite(needed) else "more"
-        solved = [1000 * value for of_seed in points.get(f"{name}{SOLVED}", {}).values() for value in of_seed.values()]
-        drawn = f"{statistics.mean(solved):.4g}" if solved else ""
-        spread = f"{min(ends):.4g}, {max(ends):.4g}"
+        solved = [value for of_seed in points.get(f"{name}{SOLVED}", {}).values() for value in of_seed.values()]
+        drawn = thousandths(statistics.mean(solved)) if solved else ""
+        spread = f"{thousandths(min(ends))}, {thousandths(max(ends))}"
         yield f"| {name} | {' | '.join(cells)} | {spread} | {drawn} | {len(by_seed)} | {told} |"
+
+
+def thousandths(distance: float) -> str:
+    """A distance times 1,000, with as many digits as it has a use for."""
+    value = 1000 * distance
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
 def plot(folder: Path, sets: Sequence[str], path: Path, earlier: Earlier) -> None:
