@@ -161,9 +161,7 @@ def promise(title: str, best: dict[int, dict[float, float]], plain: dict[int, di
     each = " ".join(f"{half / target:.2f}" for half in halves)
     told = f"{title}: distance with half of plain's images, over plain's with all; each seed's {each}"
     figure(told, mean_at(best, 0.5) / target, "<= 1", "ratio")
-    cells = [
-        f"{1000 * statistics.mean(of):.4g}; {' '.join(f'{1000 * one:.4g}' for one in of)}" for of in (ends, halves)
-    ]
+    cells = [f"{thousandths(statistics.mean(of))}; {' '.join(map(thousandths, of))}" for of in (ends, halves)]
     print(f"| {title} | {' | '.join(cells)} | {mean_at(best, 0.5) / target:.2f}; {each} |", file=sys.stderr)
 
 
