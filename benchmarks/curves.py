@@ -104,8 +104,8 @@ def read(folder: Path, data: str, judge: str, earlier: Earlier) -> Points:
     order = list(EVERY)
 
     def place(name: str) -> tuple[int, str]:
-        recipe = max((each for each in order if name.startswith(each)), key=len)
-        return order.index(recipe), name
+        recipe = max((each for each in order if name.startswith(each)), key=len, default=None)
+        return len(order) if recipe is None else order.index(recipe), name  # an earlier one is none any more
 
     return {name: dict(sorted(found[name].items())) for name in sorted(found, key=place)}
 
