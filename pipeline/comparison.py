@@ -70,10 +70,10 @@ def drawn_by(evaluation: Evaluation, folder: Path) -> list[KeptImages]:
             f"{folder}: is asked by captions, conditioning.kind={condition.kind} has none; compare it with a config "
             "of a text model"
         )
-    with blame(str(folder)):
-        said = files.read_json(folder / PASSPORT) if (folder / PASSPORT).exists() else {"checkpoint": folder.name}
+    has_passport = (folder / PASSPORT).exists()  # somebody else's pipeline has none
+    checkpoint = sampler.passport_of(folder)["checkpoint"] if has_passport else folder.name
     is_own = folder.resolve() == (Path(config.run_dir) / "export").resolve()
-    kept = evaluation.kept(pipe, f"{said['checkpoint']}" if is_own else f"{COMPARED}-{said['checkpoint']}")
+    kept = evaluation.kept(pipe, checkpoint if is_own else f"{COMPARED}-{checkpoint}")
     for each in kept:
         each.draw(engine, pipe, lambda: True, in_training=False)
     return kept
